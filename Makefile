@@ -1,0 +1,65 @@
+# Each target sets up .venv first; nothing but Python 3.11+, git and make is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup repro test test-long ui lint format bench lock schema clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+setup: $(STAMP) ## create .venv and install requirements.lock into it
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; name one: make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing requirements.lock (a few minutes, once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+# Checked again only when what is checked, or who checks it, is newer than the last check that passed.
+$(VENV)/.checked: params.yaml params.schema.json $(wildcard src/anneal/*.py src/anneal/*/*.py) | $(STAMP)
+	@anneal check --brief
+	@touch $@
+
+repro: $(STAMP) $(VENV)/.checked ## train: run what params.yaml, the data or the code made out of date
+	@dvc repro
+	@anneal summary
+
+test: $(STAMP) ## run the tests (about ten minutes on 2 cores)
+	@python -m pytest -m "not long"
+
+test-long: $(STAMP) ## run the long tests too
+	@python -m pytest
+
+ui: $(STAMP) ## open MLflow on http://127.0.0.1:5000
+	@anneal ui
+
+lint: $(STAMP) ## ruff and mypy
+	@ruff check .
+	@ruff format --check .
+	@mypy
+
+format: $(STAMP) ## let ruff mend what it can
+	@ruff check --fix .
+	@ruff format .
+
+bench: $(STAMP) ## print the performance ratios of docs/performance.md
+	@python bench/loader.py
+	@python bench/step.py
+
+schema: $(STAMP) ## write params.schema.json anew from the section classes
+	@python -m anneal.recipe
+
+lock: $(STAMP) ## resolve pyproject.toml anew into requirements.lock
+	@$(BIN)/python -m pip install --quiet uv
+	@$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --quiet --no-header --no-annotate $(LOCKFLAGS) \
+	  | grep -vE '^(nvidia-|cuda-|triton)' > requirements.lock.tmp
+	@mv requirements.lock.tmp requirements.lock
+
+clean: ## remove .venv and caches; data, models, reports and MLflow stay
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build

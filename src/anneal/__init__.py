@@ -1,0 +1,1 @@
+"""Train image classifiers by the book: a DVC pipeline whose every technique is one line of params.yaml."""

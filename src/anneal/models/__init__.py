@@ -1,0 +1,1 @@
+"""Architectures, normalisation and initialisation: plain nn.Modules."""

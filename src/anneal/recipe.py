@@ -1,0 +1,161 @@
+"""The whole of params.yaml as one class: its JSON schema, ready-made recipes, and what it resolves to."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from anneal.augment import AugmentConfig
+from anneal.batching import BatchConfig
+from anneal.ensemble import EnsembleConfig
+from anneal.evaluation import EvaluateConfig
+from anneal.models.config import InitConfig, ModelConfig
+from anneal.optimizers import OptimizerConfig
+from anneal.params import ParamsError, Strict, UserError, member, nearest, pydantic_faults, read_yaml
+from anneal.preprocess import PreprocessConfig, SplitConfig
+from anneal.schedules import ScheduleConfig
+from anneal.sources import DataConfig
+from anneal.store import write_text
+from anneal.tracking import RegistryConfig, TrackingConfig
+from anneal.training.config import (
+    AveragingConfig,
+    HardwareConfig,
+    LossConfig,
+    RegularizationConfig,
+    TrainerConfig,
+)
+
+
+class Recipe(Strict):
+    """params.yaml."""
+
+    seed: Annotated[int, Field(ge=0)]
+    data: DataConfig
+    split: SplitConfig
+    preprocess: PreprocessConfig
+    augment: AugmentConfig
+    model: ModelConfig
+    init: InitConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    batch: BatchConfig
+    loss: LossConfig
+    regularization: RegularizationConfig
+    averaging: AveragingConfig
+    trainer: TrainerConfig
+    ensemble: EnsembleConfig
+    evaluate: EvaluateConfig
+    registry: RegistryConfig
+    hardware: HardwareConfig
+    tracking: TrackingConfig
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema (draft 2020-12) of params.yaml, with the hints that editors show."""
+    schema = _without_titles(Recipe.model_json_schema())
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "anneal params.yaml", **schema}
+
+
+def _without_titles(schema: Any) -> Any:
+    if isinstance(schema, Mapping):
+        # A title is text; a property that happens to be called title is a mapping.
+        items = ((key, value) for key, value in schema.items() if key != "title" or not isinstance(value, str))
+        return {key: _without_titles(value) for key, value in items}
+    return [_without_titles(item) for item in schema] if isinstance(schema, list) else schema
+
+
+def schema_text() -> str:
+    """Return params.schema.json as it should be, byte for byte."""
+    return json.dumps(json_schema(), indent=2) + "\n"
+
+
+def validate(values: Mapping[str, Any]) -> Recipe:
+    """Check every section with its class, and the sections of every member with its overrides merged in.
+
+    Raises
+    ------
+    ParamsError
+        All faults found, one line each.
+    """
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ParamsError(pydantic_faults(error, Recipe, values, "")) from None
+    faults: list[str] = []
+    for name, overrides in recipe.ensemble.members.items():
+        merged = member(values, name)
+        for section in overrides or {}:
+            try:
+                Recipe.model_validate({**values, section: merged[section]})
+            except ValidationError as error:
+                found = pydantic_faults(error, Recipe, {**values, section: merged[section]}, "")
+                faults.extend(f"ensemble.members.{name}.{fault}" for fault in found)
+    if faults:
+        raise ParamsError(faults)
+    return recipe
+
+
+def shipped(folder: Path | str = "recipes") -> dict[str, str]:
+    """Return the names of the recipes in a folder, each with its first comment line."""
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("*.yaml"))}
+    return {name: text.splitlines()[0].removeprefix("#").strip() if text else "" for name, text in texts.items()}
+
+
+def apply(name: str, params: Path | str = "params.yaml", folder: Path | str = "recipes") -> str:
+    """Write a recipe's values into params.yaml, keeping its comments and all other keys.
+
+    ``ensemble.members`` is replaced as a whole, everything else key by key.
+
+    Returns
+    -------
+    str
+        The unified diff of params.yaml, empty where nothing changed.
+
+    Raises
+    ------
+    UserError
+        No such recipe, or its values do not pass the schema; params.yaml is then left as it was.
+    """
+    from ruamel.yaml import YAML
+
+    names = shipped(folder)
+    if name not in names:
+        raise UserError(f"recipe {name!r}: not in {folder}/; there are {', '.join(names)}{nearest(name, names)}")
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    old = Path(params).read_text(encoding="utf-8")
+    tree = yaml.load(old)
+    read_yaml(params)
+    _assign(tree, read_yaml(Path(folder) / f"{name}.yaml"), ())
+    buffer = io.StringIO()
+    yaml.dump(tree, buffer)
+    new = buffer.getvalue()
+    plain = YAML(typ="safe", pure=True).load(new)
+    validate(plain)
+    diff = difflib.unified_diff(
+        old.splitlines(keepends=True), new.splitlines(keepends=True), str(params), f"{params} with {name}", n=1
+    )
+    text = "".join(diff)
+    if text:
+        write_text(params, new)
+    return text
+
+
+def _assign(tree: Any, values: Mapping[str, Any], path: tuple[str, ...]) -> None:
+    for key, value in values.items():
+        here = (*path, key)
+        if isinstance(value, Mapping) and isinstance(tree.get(key), Mapping) and here != ("ensemble", "members"):
+            _assign(tree[key], value, here)
+        elif tree.get(key) != value or type(tree.get(key)) is bool:
+            tree[key] = value
+
+
+if __name__ == "__main__":
+    write_text("params.schema.json", schema_text())

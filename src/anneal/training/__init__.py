@@ -1,0 +1,1 @@
+"""Training one member: LightningModule, LightningDataModule, callbacks and loggers."""
