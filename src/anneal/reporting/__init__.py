@@ -1,0 +1,1 @@
+"""Figures and pages, drawn from what stages wrote; nothing here computes a result."""
