@@ -1,0 +1,142 @@
+"""Learning curves made to show one thing each, and what the rules find in them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from anneal.diagnosis import RULES, Run, diagnose, read_history, summarize
+from anneal.params import UserError
+from anneal.reporting.curves import COLOURS, curves_csv, draw_curves
+
+
+def make_run(*, epochs: int = 20, num_val: int = 1000, lr_end: float = 0.0, **options) -> Run:
+    """Curves of a run without fault, its columns replaced by ``options`` that name one."""
+    t = np.linspace(0, 1, epochs)
+    columns = {
+        "train_loss": 0.2 + 1.8 * np.exp(-8 * t),
+        "val_loss": 0.25 + 1.8 * np.exp(-10 * t),
+        "train_accuracy": 0.97 - 0.8 * np.exp(-8 * t),
+        "val_accuracy": 0.95 - 0.8 * np.exp(-10 * t),
+        "lr": np.linspace(0.1, lr_end, epochs),
+        "grad_norm": np.ones(epochs),
+        "epoch": np.arange(1, epochs + 1),
+        "step": 10 * np.arange(1, epochs + 1),
+    }
+    columns.update({name: options.pop(name) for name in list(options) if name in columns})
+    history = {name: [float(v) for v in column] for name, column in columns.items()}
+    return Run(history, num_val=num_val, num_classes=10, **options)
+
+
+T = np.linspace(0, 1, 20)
+JUMPS = 0.9 + 0.06 * np.array([-1, 1] * 10)
+
+FAULTY = {
+    "diverging": {"train_loss": [1.0] * 19 + [5.0]},
+    "underfitting": {"train_accuracy": 0.5 - 0.3 * np.exp(-8 * T), "val_accuracy": 0.49 - 0.3 * np.exp(-10 * T)},
+    "overfitting": {"val_loss": 0.5 + 2 * (T - 0.3) ** 2, "train_accuracy": np.ones(20), "val_accuracy": 0.8 + 0 * T},
+    "stopped_too_early": {"val_loss": 2 - T, "lr_end": 0.1},
+    "noisy_validation": {"val_accuracy": JUMPS},
+}
+
+
+def test_a_healthy_run_has_no_findings() -> None:
+    assert diagnose(make_run()) == []
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_each_rule_finds_its_fault_and_no_other_does(name: str) -> None:
+    findings = diagnose(make_run(**FAULTY[name]))
+    assert [finding.name for finding in findings] == [name]
+    assert findings[0].evidence and findings[0].change
+
+
+def test_a_loss_that_is_no_number_is_diverging_for_certain() -> None:
+    run = make_run(train_loss=[1.0] * 5 + [float("nan")] * 15, val_loss=[float("inf")] * 20)
+    (finding,) = diagnose(run)
+    assert (finding.name, finding.confidence) == ("diverging", "high")
+    assert finding.evidence["first_broken_epoch"] == 1
+    json.dumps(summarize({"a": run}), allow_nan=False)
+
+
+def test_advice_names_the_keys_of_the_recipe() -> None:
+    run = make_run(**FAULTY["underfitting"], optimizer="AdamW", model="convnet")
+    assert {"optimizer.AdamW.lr", "model.convnet"} <= diagnose(run)[0].change.keys()
+
+
+def test_training_accuracy_is_not_trusted_where_it_is_distorted() -> None:
+    assert diagnose(make_run(**FAULTY["underfitting"], distorted=False))[0].confidence == "medium"
+    assert diagnose(make_run(**FAULTY["underfitting"], distorted=True))[0].confidence == "low"
+    assert diagnose(make_run(**FAULTY["underfitting"], mixed=True)) == []
+    chance = make_run(train_accuracy=[0.1] * 20, val_accuracy=[0.11] * 20, mixed=True)
+    assert [(f.name, f.confidence) for f in diagnose(chance)] == [("underfitting", "high")]
+
+
+def test_a_gap_within_the_sampling_error_is_no_finding() -> None:
+    gap = {"train_accuracy": [0.95] * 20, "val_accuracy": [0.83] * 20}
+    assert [f.name for f in diagnose(make_run(**gap, num_val=1000))] == ["overfitting"]
+    assert diagnose(make_run(**gap, num_val=30)) == []
+
+
+def test_both_faults_are_named_where_both_are_there() -> None:
+    run = make_run(train_accuracy=[0.5] * 20, val_accuracy=[0.3] * 20)
+    assert [finding.name for finding in diagnose(run)] == ["underfitting", "overfitting"]
+
+
+def test_overconfidence_alone_is_low_confidence_overfitting() -> None:
+    rising = {"val_loss": 0.5 + 0.4 * (T - 0.3) ** 2, "val_accuracy": 0.93 + 0.01 * T}
+    (finding,) = diagnose(make_run(**rising))
+    assert (finding.name, finding.confidence) == ("overfitting", "low")
+
+
+def test_the_fall_that_annealing_brings_is_expected() -> None:
+    falling = {"val_loss": 1.0 - 0.3 * T}
+    assert [f.name for f in diagnose(make_run(**falling, lr_end=0.1))] == ["stopped_too_early"]
+    assert diagnose(make_run(**falling, lr_end=0.0)) == []
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_short_runs_are_no_error(epochs: int) -> None:
+    summary = summarize({"a": make_run(epochs=epochs)})
+    assert summary["members"]["a"]["epochs"] == epochs
+
+
+def test_summary_counts_findings_at_the_top() -> None:
+    runs = {"a": make_run(), "b": make_run(**FAULTY["overfitting"]), "c": make_run(**FAULTY["overfitting"])}
+    summary = summarize(runs)
+    assert (summary["healthy"], summary["overfitting"], summary["diverging"]) == (1, 2, 0)
+    assert list(summary["members"]) == ["a", "b", "c"]
+    assert summary["members"]["b"]["lowest_val_loss_epoch"] == 7
+    assert summary["members"]["b"]["findings"][0]["change"][0]["key"] == "augment.policy"
+
+
+def test_history_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "history.csv"
+    with pytest.raises(UserError, match="missing"):
+        read_history(path)
+    path.parent.mkdir()
+    path.write_text("epoch,val_loss\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"holds no epoch; run `dvc repro --force train@a`"):
+        read_history(path)
+    path.write_text("epoch,val_loss\n1,0.5\n2,nan\n", encoding="utf-8")
+    assert read_history(path)["epoch"] == [1.0, 2.0]
+
+
+def test_curves_have_a_column_for_each_member(tmp_path: Path) -> None:
+    histories = {"a": make_run(epochs=3).history, "b": make_run(epochs=5).history}
+    rows = list(csv.DictReader(curves_csv(histories).splitlines()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5"]
+    assert [row["a_val_loss"] != "" for row in rows] == [True, True, True, False, False]
+    assert float(rows[4]["b_val_loss"]) == histories["b"]["val_loss"][4]
+    for name in ("one.png", "two.png"):
+        draw_curves(histories, tmp_path / name)
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
+def test_pictures_take_many_members(tmp_path: Path) -> None:
+    draw_curves({f"m{i}": make_run(epochs=2).history for i in range(len(COLOURS) + 3)}, tmp_path / "many.png")
+    assert (tmp_path / "many.png").stat().st_size > 1000
