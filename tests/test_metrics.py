@@ -1,0 +1,128 @@
+"""Figures against scikit-learn and by hand; intervals by their coverage."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+from sklearn.calibration import calibration_curve
+
+from anneal import metrics
+
+
+def made(num_images: int = 1002, num_classes: int = 7, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, num_classes, num_images)
+    logits = random.normal(size=(num_images, num_classes)) + 1.5 * np.eye(num_classes)[labels]
+    p = np.exp(logits)
+    return p / p.sum(axis=1, keepdims=True), labels
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("num_classes", [2, 7])
+def test_figures_are_those_of_scikit_learn(num_classes: int, seed: int) -> None:
+    p, labels = made(num_classes=num_classes, seed=seed)
+    guess = p.argmax(axis=1)
+    found = metrics.figures(p, labels)
+    classes = np.arange(num_classes)
+    assert found["accuracy"] == pytest.approx(sk.accuracy_score(labels, guess), abs=1e-12)
+    assert found["macro_accuracy"] == pytest.approx(sk.balanced_accuracy_score(labels, guess), abs=1e-12)
+    assert found["macro_f1"] == pytest.approx(sk.f1_score(labels, guess, average="macro"), abs=1e-12)
+    assert found["nll"] == pytest.approx(sk.log_loss(labels, p, labels=classes), abs=1e-12)
+    assert found["brier"] == pytest.approx(((p - np.eye(num_classes)[labels]) ** 2).sum(axis=1).mean(), abs=1e-12)
+    if num_classes > 2:
+        assert found["top5"] == pytest.approx(sk.top_k_accuracy_score(labels, p, k=5, labels=classes), abs=1e-12)
+    else:
+        assert found["brier"] == pytest.approx(2 * sk.brier_score_loss(labels, p[:, 1]), abs=1e-12)
+        assert found["top5"] == 1.0
+    np.testing.assert_array_equal(metrics.confusion(p, labels), sk.confusion_matrix(labels, guess))
+
+
+def test_reliability_bins_are_those_of_scikit_learn() -> None:
+    p, labels = made()
+    confidence, hit = p.max(axis=1), p.argmax(axis=1) == labels
+    # scikit-learn wants a probability of the positive class: "the prediction is right", said with this confidence.
+    accuracy, mean = calibration_curve(hit, confidence, n_bins=15, strategy="quantile")
+    table = metrics.reliability(p, labels)
+    np.testing.assert_allclose([row["accuracy"] for row in table], accuracy, atol=1e-12)
+    np.testing.assert_allclose([row["confidence"] for row in table], mean, atol=1e-12)
+    counts = np.array([row["count"] for row in table])
+    assert counts.sum() == len(labels) and counts.min() >= len(labels) // 15
+    assert metrics.ece(p, labels) == pytest.approx((counts * np.abs(accuracy - mean)).sum() / len(labels), abs=1e-12)
+
+
+def test_calibration_error_by_hand() -> None:
+    p = np.array([[0.8, 0.2]] * 10)
+    labels = np.array([0] * 6 + [1] * 4)
+    assert metrics.ece(p, labels) == pytest.approx(0.2)
+    shuffled = np.random.default_rng(0).permutation(10)
+    assert metrics.ece(p, labels[shuffled]) == metrics.ece(p, labels)
+    assert metrics.ece(np.array([[1.0, 0.0]]), np.array([0])) == 0.0
+
+
+def test_absent_classes_do_not_count() -> None:
+    p = np.eye(4)[[0, 0, 1, 3]]
+    labels = np.array([0, 0, 1, 1])
+    # Recall 1 and 1/2; class 2 is nowhere; class 3 is predicted, never present: F1 0, no recall.
+    assert metrics.macro_accuracy(p, labels) == pytest.approx(0.75)
+    assert metrics.macro_f1(p, labels) == pytest.approx((1 + 2 / 3 + 0) / 3)
+
+
+def test_ties_in_the_top_go_by_class_order() -> None:
+    p = np.full((2, 10), 0.1)
+    assert metrics.top_k(p, np.array([4, 5])) == 0.5
+    assert metrics.top_k(p, np.array([0, 1]), k=1) == metrics.accuracy(p, np.array([0, 1])) == 0.5
+
+
+def test_a_wrong_certainty_has_a_finite_likelihood() -> None:
+    value = metrics.nll(np.array([[1.0, 0.0]]), np.array([1]))
+    assert value == pytest.approx(-np.log(np.finfo(np.float64).eps))
+
+
+def test_each_resample_is_the_figure_of_the_drawn_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, labels = made(num_images=60, num_classes=7)
+    other, _ = made(num_images=60, num_classes=7, seed=5)
+    monkeypatch.setattr(metrics, "CHUNK", 60 * 7)  # several chunks, the last one short
+    found = metrics.bootstrap([p, other], labels, num_resamples=20, seed=3)
+    counts = np.concatenate(list(metrics._resamples(60, 20, 3)))
+    assert counts.shape == (20, 60) and (counts.sum(axis=1) == 60).all()
+    for predictor, values in zip((p, other), found, strict=True):
+        for b in range(20):
+            rows = np.repeat(np.arange(60), counts[b])
+            expected = metrics.figures(predictor[rows], labels[rows])
+            for name in metrics.RESAMPLED:
+                assert values[name][b] == pytest.approx(expected[name], abs=1e-12), name
+
+
+def test_the_bootstrap_repeats_and_follows_its_seed() -> None:
+    p, labels = made(num_images=100)
+    first, again, other = (metrics.bootstrap([p], labels, num_resamples=100, seed=s)[0]["nll"] for s in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_intervals_cover_the_truth_about_95_times_in_100() -> None:
+    covered = 0
+    for trial in range(200):
+        hits = np.random.default_rng(trial).random(300) < 0.8
+        p = np.where(hits[:, None], [0.9, 0.1], [0.1, 0.9])
+        resampled = metrics.bootstrap([p], np.zeros(300, np.int64), num_resamples=300, seed=trial)[0]
+        low, high = metrics.with_intervals({"accuracy": hits.mean()}, resampled)["accuracy_ci"]
+        covered += low <= 0.8 <= high
+    assert 180 <= covered <= 199
+
+
+def test_intervals_stand_beside_their_figures() -> None:
+    p, labels = made(num_images=200)
+    values = metrics.figures(p, labels)
+    result = metrics.with_intervals(values, metrics.bootstrap([p], labels, num_resamples=200, seed=0)[0])
+    assert set(values) <= set(result)
+    for name in metrics.RESAMPLED:
+        low, high = result[f"{name}_ci"]
+        assert low <= result[name] <= high and low < high
+    assert "ece_ci" not in result
+
+
+def test_the_mean_over_members_is_taken_resample_by_resample() -> None:
+    items = [{"accuracy": np.array([0.0, 1.0])}, {"accuracy": np.array([1.0, 0.0])}]
+    np.testing.assert_array_equal(metrics.mean(items)["accuracy"], [0.5, 0.5])
