@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,9 @@ class DatasetInfo:
     normalize
         Name of the normalisation whose arrays statistics.npz holds.
     digest
-        32 hexadecimal digits over the content of the store.
+        32 hexadecimal digits over all the above and the content of the store.
+    fit, interpolation
+        How images were resized (see `anneal.decoding.resize`), for new images to be treated alike.
     """
 
     classes: list[str]
@@ -58,6 +60,8 @@ class DatasetInfo:
     counts: dict[str, int]
     normalize: str
     digest: str = ""
+    fit: str = "stretch"
+    interpolation: str = "area"
 
 
 @dataclass(frozen=True)
@@ -143,12 +147,9 @@ class Store:
         UserError
             The store has no such split.
         """
-        folder = self.path / name
-        if not (folder / "labels.npy").exists():
+        if not (self.path / name / "labels.npy").exists():
             raise UserError(f"{self.path}: there is no split {name!r}; there are {', '.join(self.splits)}")
-        labels = np.load(folder / "labels.npy")
-        shards = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("images-*.npy"))]
-        return Split(folder, shards, labels)
+        return open_split(self.path / name)
 
     def statistics(self) -> dict[str, npt.NDArray[Any]]:
         """Return the arrays of statistics.npz, an empty dict where the store has none."""
@@ -157,6 +158,13 @@ class Store:
             return {}
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
+
+
+def open_split(folder: Path) -> Split:
+    """Memory-map the split that a `SplitWriter` wrote to ``folder``."""
+    labels = np.load(folder / "labels.npy", allow_pickle=False)
+    shards = [np.load(path, mmap_mode="r", allow_pickle=False) for path in sorted(folder.glob("images-*.npy"))]
+    return Split(folder, shards, labels)
 
 
 def open_store(path: Path | str) -> Store:
@@ -183,30 +191,31 @@ class SplitWriter:
         self.folder = folder
         self.shape = (height, width, channels)
         self.shard_size = max(1, SHARD_BYTES // (height * width * channels))
-        self.buffer: list[Images] = []
-        self.samples: list[Sample] = []
+        self.buffer: Images = np.empty((self.shard_size, *self.shape), np.uint8)
+        self.filled = 0
         self.num_shards = 0
+        self.samples: list[Sample] = []
 
     def add(self, image: Images, sample: Sample) -> None:
         """Append one image, uint8 (H, W, C)."""
         assert image.shape == self.shape and image.dtype == np.uint8, (image.shape, image.dtype)
-        self.buffer.append(image)
+        self.buffer[self.filled] = image
         self.samples.append(sample)
-        if len(self.buffer) == self.shard_size:
+        self.filled += 1
+        if self.filled == self.shard_size:
             self._flush()
 
     def _flush(self) -> None:
-        array = np.ascontiguousarray(np.stack(self.buffer)) if self.buffer else np.empty((0, *self.shape), np.uint8)
-        np.save(self.folder / f"images-{self.num_shards:05d}.npy", array)
+        np.save(self.folder / f"images-{self.num_shards:05d}.npy", self.buffer[: self.filled])
         self.num_shards += 1
-        self.buffer.clear()
+        self.filled = 0
 
     def close(self) -> None:
         """Write what is left: the last shard, labels.npy and samples.parquet."""
         import pyarrow as pa
         import pyarrow.parquet
 
-        if self.buffer or not self.num_shards:
+        if self.filled or not self.num_shards:
             self._flush()
         np.save(self.folder / "labels.npy", np.array([s.label for s in self.samples], np.int64))
         schema = pa.schema(
@@ -230,18 +239,21 @@ def finish(
     counts: Mapping[str, int],
     normalize: str,
     statistics: Mapping[str, npt.NDArray[Any]],
+    fit: str = "stretch",
+    interpolation: str = "area",
 ) -> DatasetInfo:
     """Write statistics.npz and dataset.json, the last files of a store; ``shape`` is (H, W, C)."""
     if statistics:
         np.savez(folder / "statistics.npz", **{name: statistics[name] for name in sorted(statistics)})  # type: ignore[arg-type]
-    info = DatasetInfo(list(classes), *shape, dict(counts), normalize, _digest(folder))
+    info = DatasetInfo(list(classes), *shape, dict(counts), normalize, fit=fit, interpolation=interpolation)
+    info = replace(info, digest=_digest(folder, asdict(info)))
     write_json(folder / "dataset.json", asdict(info))
     return info
 
 
-def _digest(folder: Path) -> str:
-    """Return 32 hexadecimal digits over names and contents of all files below ``folder``."""
-    digest = hashlib.sha256()
+def _digest(folder: Path, values: Mapping[str, Any]) -> str:
+    """Return 32 hexadecimal digits over ``values`` and the names and contents of all files below ``folder``."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
         with open(path, "rb") as file:
