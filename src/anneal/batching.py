@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
-from anneal.params import Strict
+from anneal.params import ParamsError, Strict
+from anneal.seeding import generator
+
+Key = tuple[int, int]
+"""(epoch, microbatch): what all randomness of a microbatch is drawn from, whichever process computes it."""
 
 
 class BatchConfig(Strict):
@@ -27,3 +35,183 @@ class BatchConfig(Strict):
                 f"allowed: a divisor of size, nearest {best}"
             )
         return self
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How an epoch falls into windows (the samples of one optimizer step) and windows into microbatches.
+
+    All microbatches of an epoch are numbered from 0, over all devices. The last window holds what is left; it is cut
+    into microbatches of nearly equal size, so that none of them is too small for BatchNorm. A last window of a single
+    sample is left out: its gradient is noise, and BatchNorm needs two.
+
+    Parameters
+    ----------
+    size
+        Samples of a whole window.
+    microbatch
+        Samples of a whole microbatch; divides ``size``.
+    world_size
+        Processes that share a window.
+    num_samples
+        Samples of the training split.
+    accumulation
+        Microbatches that each process computes for one optimizer step.
+    steps_per_epoch
+        Optimizer steps of an epoch.
+    microbatches_per_epoch
+        Microbatches of an epoch, over all processes.
+    rounds_per_epoch
+        Forward passes that each process makes in an epoch.
+    """
+
+    size: int
+    microbatch: int
+    world_size: int
+    num_samples: int
+    accumulation: int
+    steps_per_epoch: int
+    microbatches_per_epoch: int
+    rounds_per_epoch: int
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that an epoch trains on."""
+        last = self.steps_per_epoch - 1
+        return last * self.size + self.window_samples(last)
+
+    def window_of(self, microbatch: int) -> int:
+        """Return the optimizer step of the epoch, from 0, that a microbatch belongs to."""
+        return min(microbatch // (self.size // self.microbatch), self.steps_per_epoch - 1)
+
+    def window_samples(self, window: int) -> int:
+        """Return the number of samples of a window."""
+        return min(self.size, self.num_samples - window * self.size)
+
+    def bounds(self, window: int) -> list[tuple[int, int]]:
+        """Return where each microbatch of a window starts and ends in the epoch's order."""
+        samples = self.window_samples(window)
+        parts = -(-samples // self.microbatch)
+        edges = [window * self.size + samples * i // parts for i in range(parts + 1)]
+        return list(itertools.pairwise(edges))
+
+
+def plan(*, size: int, microbatch: int, devices: int, num_nodes: int, num_samples: int) -> BatchPlan:
+    """Work out accumulation and the lengths of an epoch.
+
+    Parameters
+    ----------
+    size, microbatch
+        Samples of an optimizer step and of a forward pass.
+    devices, num_nodes
+        Processes on each node, and nodes.
+    num_samples
+        Samples of the training split.
+
+    Raises
+    ------
+    ParamsError
+        The training split is smaller than a batch, or the batch does not divide over microbatches and devices.
+
+    Examples
+    --------
+    >>> p = plan(size=64, microbatch=16, devices=2, num_nodes=1, num_samples=200)
+    >>> p.accumulation, p.steps_per_epoch, p.microbatches_per_epoch, p.rounds_per_epoch
+    (2, 4, 13, 7)
+    """
+    if size > num_samples:
+        raise ParamsError(
+            [
+                f"batch.size: found {size}, but the training split has {num_samples} images; allowed: at most {num_samples}"
+            ]
+        )
+    world_size = devices * num_nodes
+    together = microbatch * world_size
+    if size % together:
+        lower, upper = size // together * together, -(-size // together) * together
+        choices = " or ".join(str(value) for value in (lower, upper) if value)
+        raise ParamsError(
+            [
+                f"batch.size: found {size}, which batch.microbatch {microbatch} x {devices} devices x {num_nodes} nodes = "
+                f"{together} does not divide; nearest valid: batch.size {choices}"
+            ]
+        )
+    per_window = size // microbatch
+    windows, rest = divmod(num_samples, size)
+    if rest == 1:
+        rest = 0
+    last = -(-rest // microbatch)
+    return BatchPlan(
+        size=size,
+        microbatch=microbatch,
+        world_size=world_size,
+        num_samples=num_samples,
+        accumulation=per_window // world_size,
+        steps_per_epoch=windows + bool(rest),
+        microbatches_per_epoch=windows * per_window + last,
+        rounds_per_epoch=windows * per_window // world_size + -(-last // world_size),
+    )
+
+
+def devices_that_divide(available: int, *, size: int, microbatch: int, num_nodes: int = 1) -> int:
+    """Return the largest number of devices, at most ``available``, over which a batch divides; at least 1.
+
+    >>> devices_that_divide(4, size=96, microbatch=32)
+    3
+    """
+    return max((n for n in range(1, available + 1) if size % (microbatch * n * num_nodes) == 0), default=1)
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the order of the samples in an epoch: a permutation, int64 (num_samples,), of (seed, "order", epoch)."""
+    return generator(seed, "order", epoch).permutation(num_samples)
+
+
+class MicrobatchSampler:
+    """The batch sampler of one process: yields ``[(epoch, microbatch), index, index, ...]`` for each forward pass.
+
+    In each round of a window process ``rank`` of ``world_size`` takes the ``rank``-th microbatch, so the samples of a
+    window do not depend on the number of processes. Where the last window has fewer microbatches than a round has
+    processes, those left over get its first microbatch again under a number past the epoch's last: it weighs nothing in
+    the gradient, but keeps all processes in step.
+
+    Parameters
+    ----------
+    num_samples, size, microbatch
+        See `plan`.
+    seed
+        Of the order, which is new in every epoch.
+    rank, world_size
+        This process and the number of processes.
+    """
+
+    def __init__(
+        self, num_samples: int, size: int, microbatch: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.plan = plan(size=size, microbatch=microbatch, devices=world_size, num_nodes=1, num_samples=num_samples)
+        self.seed = seed
+        self.rank = rank
+        self.epoch = 0
+
+    @property
+    def sampler(self) -> MicrobatchSampler:
+        """Itself: Lightning tells the epoch to ``batch_sampler.sampler``."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next iteration, from 0."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.plan.rounds_per_epoch
+
+    def __iter__(self) -> Iterator[list[Key | int]]:
+        epoch, plan = self.epoch, self.plan
+        order = epoch_order(plan.num_samples, self.seed, epoch)
+        per_window = plan.size // plan.microbatch
+        for window in range(plan.steps_per_epoch):
+            bounds = plan.bounds(window)
+            for first in range(0, len(bounds), plan.world_size):
+                i = first + self.rank
+                start, stop = bounds[i] if i < len(bounds) else bounds[0]
+                yield [(epoch, window * per_window + i), *order[start:stop].tolist()]

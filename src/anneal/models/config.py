@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,6 +11,7 @@ from anneal.params import Strict
 
 Activation = Literal["ReLU", "LeakyReLU", "ELU", "GELU", "SiLU", "Mish", "Tanh", "Sigmoid"]
 Stem = Literal["small", "large"]
+Block = Literal["basic", "preactivation"]
 Width = Annotated[int, Field(ge=1, le=4096)]
 
 
@@ -47,6 +49,7 @@ class ResNetConfig(Strict):
     widths: Annotated[list[Width], Field(min_length=1, max_length=8)]
     depths: Annotated[list[Annotated[int, Field(ge=1, le=64)]], Field(min_length=1, max_length=8)]
     stem: Stem
+    block: Block = "basic"
 
     @model_validator(mode="after")
     def _a_depth_for_each_width(self) -> ResNetConfig:
@@ -80,3 +83,81 @@ class InitConfig(Strict):
     name: Literal["kaiming_normal"]
     zero_last: bool
     kaiming_normal: KaimingNormalConfig
+
+
+def halvings(name: str, arguments: Mapping[str, Any]) -> int:
+    """Return how often a network halves the resolution of its input, from the block of its ``name``.
+
+    >>> halvings("resnet", {"widths": [64, 128], "depths": [2, 2], "stem": "large"})
+    3
+    """
+    if name == "resnet":
+        return len(arguments["widths"]) - 1 + (2 if arguments.get("stem") == "large" else 0)
+    return len(arguments["widths"]) if name == "convnet" else 0
+
+
+def conflicts(
+    name: str,
+    *,
+    arguments: Mapping[str, Any],
+    height: int,
+    width: int,
+    normalize: str = "scale",
+    norm: str = "batch",
+    stochastic_depth: float = 0.0,
+    microbatch: int | None = None,
+) -> list[str]:
+    """Say which settings cannot work together, one line each; an empty list where all do.
+
+    Parameters
+    ----------
+    name, arguments
+        ``model.name`` and the block of that name.
+    height, width
+        Pixels of the stored images.
+    normalize
+        ``preprocess.normalize``.
+    norm
+        ``model.norm.name``.
+    stochastic_depth
+        ``regularization.stochastic_depth``.
+    microbatch
+        ``batch.microbatch``; None leaves it unchecked.
+
+    Examples
+    --------
+    >>> for fault in conflicts("mlp", arguments={"hidden": []}, height=8, width=8, stochastic_depth=0.1):
+    ...     print(fault)
+    regularization.stochastic_depth: found 0.1 with model.name mlp, allowed: 0, or model.name: resnet, which has residual branches to drop
+    """
+    faults: list[str] = []
+    if stochastic_depth and name != "resnet":
+        faults.append(
+            f"regularization.stochastic_depth: found {stochastic_depth:g} with model.name {name}, "
+            f"allowed: 0, or model.name: resnet, which has residual branches to drop"
+        )
+    if normalize == "pca" and name != "mlp":
+        faults.append(
+            f"preprocess.normalize: found pca with model.name {name}, which needs images and not components, "
+            f"allowed: zca, which whitens and stays an image, or model.name: mlp"
+        )
+    times, side = halvings(name, arguments), min(height, width)
+    most = side.bit_length() - 1
+    if times > most:
+        if arguments.get("stem") == "large" and most < 2:
+            faults.append(
+                f"model.{name}.stem: found large, which divides the resolution by 4, for images of {height}x{width} "
+                f"pixels, allowed: small"
+            )
+        else:
+            stages = len(arguments["widths"])
+            faults.append(
+                f"model.{name}.widths: found {stages} stages, which halve the resolution {times} times, for images of "
+                f"{height}x{width} pixels, allowed: at most {stages - times + most} stages, or preprocess.size >= {2**times}"
+            )
+    elif microbatch == 1 and norm == "batch" and (name == "mlp" or (name == "resnet" and side >> times == 1)):
+        faults.append(
+            "batch.microbatch: found 1, where batch normalisation sees a single value a channel, allowed: 2 or more, "
+            "or model.norm.name: none"
+        )
+    return faults

@@ -1,0 +1,141 @@
+"""Layers that the architectures share: activations, normalisation layers, and layers with randomness of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from anneal.params import UserError, nearest
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "ReLU": nn.ReLU,
+    "LeakyReLU": nn.LeakyReLU,
+    "ELU": nn.ELU,
+    "GELU": nn.GELU,
+    "SiLU": nn.SiLU,
+    "Mish": nn.Mish,
+    "Tanh": nn.Tanh,
+    "Sigmoid": nn.Sigmoid,
+}
+"""``model.activation`` to its layer."""
+
+NORMS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
+    "batch": (nn.BatchNorm2d, nn.BatchNorm1d),
+    "none": (lambda _: nn.Identity(), lambda _: nn.Identity()),
+}
+"""``model.norm.name`` to its layer for images (N, C, H, W) and for vectors (N, C), each called with C and arguments."""
+
+
+@dataclass(frozen=True)
+class Style:
+    """What stands around each convolution or linear layer of a network: activation and norm, by name.
+
+    Parameters
+    ----------
+    activation
+        A key of `ACTIVATIONS`.
+    norm, norm_arguments
+        A key of `NORMS`, and the arguments of its layer beside the number of channels.
+    norm_position
+        ``before`` (Ioffe & Szegedy 2015) or ``after`` the activation (Mishkin et al. 2017).
+
+    Raises
+    ------
+    UserError
+        A name is unknown.
+    """
+
+    activation: str = "ReLU"
+    norm: str = "batch"
+    norm_position: str = "before"
+    norm_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, value, choices in (
+            ("model.activation", self.activation, ACTIVATIONS),
+            ("model.norm.name", self.norm, NORMS),
+            ("model.norm.position", self.norm_position, ("before", "after")),
+        ):
+            if value not in choices:
+                raise UserError(f"{key}: found {value}, allowed: {' | '.join(choices)}{nearest(value, choices)}")
+
+    @property
+    def after(self) -> bool:
+        """Whether norm layers follow the activation; without norm layers there is no such order."""
+        return self.norm_position == "after" and self.norm != "none"
+
+    @property
+    def bias(self) -> bool:
+        """Whether weight layers need a bias: not where a norm layer, which has its own, follows at once."""
+        return self.norm == "none" or self.after
+
+    def activate(self) -> nn.Module:
+        """Return an activation layer."""
+        return ACTIVATIONS[self.activation]()
+
+    def normalize(self, channels: int) -> nn.Module:
+        """Return a norm layer for (N, channels, H, W)."""
+        return NORMS[self.norm][0](channels, **self._arguments)
+
+    def follow(self, channels: int, *, vector: bool = False) -> list[tuple[str, nn.Module]]:
+        """Return the norm and the activation, with their names and in their order, for (N, channels[, H, W])."""
+        norm = NORMS[self.norm][1](channels, **self._arguments) if vector else self.normalize(channels)
+        pair: list[tuple[str, nn.Module]] = [("norm", norm), ("activation", self.activate())]
+        return pair[::-1] if self.after else pair
+
+    @property
+    def _arguments(self) -> Mapping[str, Any]:
+        return {} if self.norm == "none" else self.norm_arguments
+
+
+class KeyedRandom(nn.Module):
+    """A layer that draws at random in training, from a generator that belongs to it and to the microbatch alone.
+
+    The state is one number, ``key``: each forward pass at one key draws the same, on any process, so a second pass over
+    the same microbatch sees the same network and nothing random needs saving. Without a key (None) the draws come from
+    torch's global generator, as torch's own layers do.
+    """
+
+    technique: ClassVar[str]
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        assert 0 <= rate < 1, rate
+        self.rate = rate
+        self.key: int | None = None
+
+    def _keep(self, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return ones that were kept and zeros that were dropped, over the chance of being kept, so the mean stays."""
+        generator = None if self.key is None else torch.Generator(x.device).manual_seed(self.key)
+        kept = torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(1.0 - self.rate, generator=generator)
+        return kept.div_(1.0 - self.rate)
+
+    def extra_repr(self) -> str:
+        """Name the rate in the module's print-out."""
+        return f"rate={self.rate}"
+
+
+class Dropout(KeyedRandom):
+    """Zero each element of the input with chance ``rate`` in training (Srivastava et al. 2014)."""
+
+    technique = "dropout"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x`` with elements dropped and the others divided by ``1 - rate``; ``x`` itself when evaluating."""
+        return x * self._keep(x, tuple(x.shape)) if self.training and self.rate else x
+
+
+class StochasticDepth(KeyedRandom):
+    """Zero a residual branch with chance ``rate``, sample by sample, in training (Huang et al. 2016)."""
+
+    technique = "stochastic_depth"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x`` with samples dropped and the others divided by ``1 - rate``; ``x`` itself when evaluating."""
+        if not (self.training and self.rate):
+            return x
+        return x * self._keep(x, (len(x),) + (1,) * (x.ndim - 1))

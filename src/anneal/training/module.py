@@ -1,0 +1,267 @@
+"""The optimizer step of one member as a LightningModule; the network itself knows nothing of Lightning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from anneal.batching import BatchPlan
+from anneal.mixing import mix
+from anneal.models.build import Classifier, key_randomness
+from anneal.models.layers import KeyedRandom
+from anneal.optimizers import build_optimizer
+from anneal.params import UserError
+from anneal.schedules import factor
+from anneal.training.data import Batch
+
+Figures = dict[str, float]
+
+
+class TrainingModule(pl.LightningModule):
+    """Cross entropy on microbatches whose gradients add up to the mean over the samples of a whole window.
+
+    Parameters
+    ----------
+    classifier
+        uint8 NHWC to logits.
+    plan
+        How an epoch falls into windows and microbatches.
+    seed
+        Of dropout, stochastic depth and mixing, each drawn from (seed, technique, epoch, microbatch).
+    num_classes
+        Width of the logits.
+    optimizer
+        Arguments of `anneal.optimizers.build_optimizer` but for the network.
+    schedule
+        Arguments of `anneal.schedules.factor` but for the step.
+    label_smoothing, l1, mixup_alpha, cutmix_alpha
+        Regularisation; 0 is off.
+    class_weights
+        float (num_classes,) weights of the loss by class, or None.
+    gradient_clip
+        Largest norm of the gradient of an optimizer step, or None.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        plan: BatchPlan,
+        *,
+        seed: int,
+        num_classes: int,
+        optimizer: Mapping[str, Any],
+        schedule: Mapping[str, Any],
+        label_smoothing: float = 0.0,
+        l1: float = 0.0,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
+        class_weights: torch.Tensor | None = None,
+        gradient_clip: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.plan = plan
+        self.seed = seed
+        self.num_classes = num_classes
+        self.optimizer_arguments = dict(optimizer)
+        self.schedule = dict(schedule)
+        self.label_smoothing = label_smoothing
+        self.l1 = l1
+        self.mixing = {"mixup_alpha": mixup_alpha, "cutmix_alpha": cutmix_alpha}
+        self.mixes = mixup_alpha > 0 or cutmix_alpha > 0
+        self.class_weights: torch.Tensor | None
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        self.gradient_clip = gradient_clip
+        self.figures: Figures = {}
+        self.window = WindowNorms(classifier)
+        self.draws = any(isinstance(module, KeyedRandom) for module in classifier.modules())
+        self.splits_windows = plan.size > plan.microbatch
+        self.weights: list[nn.Parameter] = [p for p in classifier.parameters() if p.requires_grad]
+        self.decayed = [p for p in self.weights if p.ndim > 1]
+        self.rate = 0.0
+        self._unchecked: torch.Tensor | None = None
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer and its schedule, a factor of the peak rate at every optimizer step."""
+        optimizer = build_optimizer(self.classifier, **self.optimizer_arguments)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, **self.schedule))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self) -> None:
+        """Start the epoch's sums: plain tensors, since Lightning's own logging costs more than a small network."""
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        self.loss_sum = torch.zeros((), dtype=wide, device=self.device)
+        self.norm_sum = torch.zeros((), dtype=wide, device=self.device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.num_seen = 0
+        self.num_steps = 0
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """Return a microbatch's share of the window's mean loss, times what Lightning and DDP divide by."""
+        self.stop_on_nan()
+        epoch, microbatch = batch.epoch, batch.microbatch
+        window = self.plan.window_of(microbatch)
+        window_samples = self.plan.window_samples(window)
+        padding = microbatch >= self.plan.microbatches_per_epoch
+        num = 0 if padding else len(batch)
+        if self.splits_windows:
+            self.window.before(num, first=batch_idx % self.plan.accumulation == 0)
+        if self.draws:
+            key_randomness(self.classifier, self.seed, epoch, microbatch)
+
+        images, labels = batch.images, batch.labels
+        targets = labels
+        if self.mixes:
+            targets = F.one_hot(labels, self.num_classes).to(torch.float32)
+            images, targets = mix(images, targets, seed=self.seed, epoch=epoch, microbatch=microbatch, **self.mixing)
+            labels = targets.argmax(1)
+        logits = self.classifier(images)
+        loss = F.cross_entropy(
+            logits, targets, self.class_weights, label_smoothing=self.label_smoothing, reduction="sum"
+        )
+        if padding:
+            loss = loss * 0.0
+        else:
+            self.loss_sum += loss.detach()
+            self.correct += (logits.detach().argmax(1) == labels).sum()
+            self.num_seen += num
+        if self.l1:
+            loss = loss + (self.l1 * num) * torch.stack([p.abs().sum() for p in self.decayed]).sum()
+        loss = loss * (self.plan.accumulation * self.plan.world_size / window_samples)
+        self.rate = float(self.trainer.optimizers[0].param_groups[0]["lr"])
+        self._unchecked = loss.detach()
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
+        """Measure the gradient's norm, clip it, and bring BatchNorm's running statistics up to date."""
+        gradients = [p.grad for p in self.weights if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.gradient_clip is not None:
+            nn.utils.clip_grads_with_norm_(self.weights, self.gradient_clip, norm)
+        # A step that mixed precision skips has an infinite norm.
+        self.norm_sum += norm.nan_to_num(0.0, 0.0, 0.0)
+        self.num_steps += 1
+        if self.splits_windows:
+            self.window.close(self.trainer.strategy if self.plan.world_size > 1 else None)
+
+    def stop_on_nan(self) -> None:
+        """Raise a UserError where the loss of the microbatch before this one was not finite.
+
+        The loss is looked at one microbatch later, when it has long been computed: to wait for it at once would stall a
+        GPU at every step. No weight of a diverged step is ever exported.
+        """
+        if self._unchecked is None:
+            return
+        loss = float(self._unchecked)
+        self._unchecked = None
+        if not math.isfinite(loss):
+            raise self._diverged(f"the loss is {loss}")
+
+    def _diverged(self, what: str) -> UserError:
+        return UserError(
+            f"training diverged: {what} in epoch {self.current_epoch + 1}, step {self.trainer.global_step}, at learning "
+            f"rate {self.rate:.3g}; lower optimizer.{self.optimizer_arguments['name']}.lr, lengthen "
+            f"schedule.warmup.length, or set regularization.gradient_clip: 1.0"
+        )
+
+    # ---- validation -------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Check the last training loss, and start the sums."""
+        self.stop_on_nan()
+        self.val_loss = torch.zeros_like(self.loss_sum)
+        self.val_correct = torch.zeros_like(self.correct)
+        self.val_seen = 0
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        """Add up plain cross entropy and right answers."""
+        logits = self.classifier(batch.images).float()
+        self.val_loss += F.cross_entropy(logits, batch.labels, reduction="sum")
+        self.val_correct += (logits.argmax(1) == batch.labels).sum()
+        self.val_seen += len(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the epoch's figures, once, as means over samples (losses, accuracies) and over steps (gradient norm)."""
+        sums = torch.stack(
+            [self.loss_sum, self.correct.to(self.loss_sum.dtype), self.loss_sum.new_tensor(self.num_seen)]
+        )
+        if self.plan.world_size > 1:
+            sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        loss_sum, correct, seen = sums.tolist()
+        val_loss = float(self.val_loss) / self.val_seen
+        if not math.isfinite(val_loss):
+            raise self._diverged(f"the validation loss is {val_loss}")
+        self.figures = {
+            "train/loss": loss_sum / seen,
+            "train/accuracy": correct / seen,
+            "val/loss": val_loss,
+            "val/accuracy": float(self.val_correct) / self.val_seen,
+            "lr": self.rate,
+            "grad_norm": float(self.norm_sum) / self.num_steps,
+        }
+        # Once an epoch; the logger gets them directly, for Lightning rounds what it passes on to float32.
+        self.log_dict(self.figures, logger=False)
+        if self.trainer.logger is not None:
+            self.trainer.logger.log_metrics({**self.figures, "epoch": self.current_epoch + 1}, self.trainer.global_step)
+
+
+class WindowNorms:
+    """BatchNorm's running statistics where a window is more than one forward pass.
+
+    They are updated once an optimizer step from the mean over all the window's microbatches on all devices, so they
+    depend neither on accumulation (updating at every microbatch makes them noisier) nor on which device saw which.
+    While a window is open the running buffers hold its mean so far: a BatchNorm with momentum ``n_i / (n_1 + ... + n_i)``
+    computes just that.
+
+    Parameters
+    ----------
+    network
+        Whose BatchNorm layers are meant; those with ``momentum=None`` average over the whole run and are left alone.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        found = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        self.layers = [(m, float(m.momentum)) for m in found if m.momentum is not None]
+        self.before_window: list[torch.Tensor] = []
+        self.seen = 0
+
+    def _buffers(self) -> list[torch.Tensor]:
+        return [b for m, _ in self.layers for b in (m.running_mean, m.running_var) if b is not None]
+
+    def before(self, num: int, *, first: bool) -> None:
+        """Prepare the forward pass of a microbatch of ``num`` samples; ``first`` opens a window."""
+        if first:
+            self.before_window = [buffer.clone() for buffer in self._buffers()]
+            self.counts = [None if m.num_batches_tracked is None else m.num_batches_tracked + 1 for m, _ in self.layers]
+            self.seen = 0
+        self.seen += num
+        for layer, _ in self.layers:
+            layer.momentum = num / self.seen if num else 0.0
+
+    def close(self, strategy: Any = None) -> None:
+        """Mix the window's mean into the running statistics; ``strategy`` reduces over processes."""
+        if not self.layers:
+            return
+        buffers = self._buffers()
+        if strategy is not None:
+            flat = torch.cat([b.flatten() for b in buffers]) * self.seen
+            flat = strategy.reduce(torch.cat([flat, flat.new_tensor([self.seen])]), reduce_op="sum")
+            means = torch.split(flat[:-1] / flat[-1], [b.numel() for b in buffers])
+            for buffer, mean in zip(buffers, means, strict=True):
+                buffer.copy_(mean.view_as(buffer))
+        momenta = [momentum for _, momentum in self.layers for _ in range(2)]
+        for buffer, old, momentum in zip(buffers, self.before_window, momenta, strict=True):
+            buffer.copy_(torch.lerp(old, buffer, momentum))
+        for (layer, momentum), count in zip(self.layers, self.counts, strict=True):
+            layer.momentum = momentum
+            if layer.num_batches_tracked is not None and count is not None:
+                layer.num_batches_tracked.copy_(count)

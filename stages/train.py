@@ -1,0 +1,62 @@
+"""Train one member: data/processed, data/augmented -> models/MEMBER."""
+
+import sys
+from pathlib import Path
+
+from anneal import params, tracking
+from anneal.batching import BatchConfig
+from anneal.models.config import InitConfig, ModelConfig
+from anneal.optimizers import OptimizerConfig
+from anneal.params import Strict
+from anneal.schedules import ScheduleConfig
+from anneal.training.config import (
+    AveragingConfig,
+    HardwareConfig,
+    LossConfig,
+    RegularizationConfig,
+    TrainerConfig,
+)
+
+SECTIONS: dict[str, type[Strict]] = {
+    "model": ModelConfig,
+    "init": InitConfig,
+    "optimizer": OptimizerConfig,
+    "schedule": ScheduleConfig,
+    "batch": BatchConfig,
+    "loss": LossConfig,
+    "regularization": RegularizationConfig,
+    "averaging": AveragingConfig,
+    "trainer": TrainerConfig,
+    "hardware": HardwareConfig,
+}
+
+
+def main(member: str) -> None:
+    """Train ``member`` of ``ensemble.members``."""
+    values = params.load()
+    merged = params.member(values, member)
+    sections = params.parse(merged, SECTIONS)
+
+    from anneal.training.fit import fit
+
+    out = Path("models") / member
+    with tracking.stage_run(values, "train", member=member, outs=[out]) as run:
+        result = fit(
+            name=member,
+            store=Path("data/processed"),
+            augmented=Path("data/augmented"),
+            out=out,
+            seed=merged["seed"],
+            log=run.metrics,
+            **sections,
+        )
+        if result.is_main:
+            run.metrics({"best_epoch": result.best_epoch, "num_parameters": result.num_parameters})
+            run.tag("threads", result.threads)
+            run.tag("devices", f"{result.devices} {result.accelerator}")
+            run.artifact(out / "model.json")
+            run.artifact(out / "history.csv")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,119 @@
+"""Mixup and cutmix: the formula, soft targets, and draws that belong to the technique and the microbatch."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from anneal.mixing import choose, cutmix, mix, mixup
+from anneal.seeding import generator
+
+N, K, SIZE = 16, 5, 12
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (N, SIZE, SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def targets() -> torch.Tensor:
+    return F.one_hot(torch.arange(N) % K, K).float()
+
+
+def key(microbatch: int = 0, epoch: int = 0, seed: int = 0) -> dict[str, int]:
+    return {"seed": seed, "epoch": epoch, "microbatch": microbatch}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_mixup_is_the_formula(images: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> None:
+    x = images.to(dtype)
+    mixed, soft = mix(x, targets, mixup_alpha=0.4, cutmix_alpha=0.0, **key(3, 2))
+    draw = generator(0, "mixup", 2, 3)
+    weight, partner = draw.beta(0.4, 0.4), draw.permutation(N)
+    assert mixed.dtype == torch.float32
+    expected = weight * images.numpy().astype(float) + (1 - weight) * images.numpy()[partner]
+    np.testing.assert_allclose(mixed.numpy(), expected, atol=1e-4)
+    np.testing.assert_allclose(
+        soft.numpy(), weight * targets.numpy() + (1 - weight) * targets.numpy()[partner], atol=1e-6
+    )
+
+
+def test_cutmix_pastes_one_rectangle_and_weighs_by_its_area(images: torch.Tensor, targets: torch.Tensor) -> None:
+    areas = []
+    for microbatch in range(50):
+        mixed, soft = mix(images, targets, mixup_alpha=0.0, cutmix_alpha=1.0, **key(microbatch))
+        draw = generator(0, "cutmix", 0, microbatch)
+        weight, partner = draw.beta(1.0, 1.0), torch.from_numpy(draw.permutation(N))
+        assert mixed.dtype == torch.uint8
+        pasted = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+        pasted |= (mixed != images).any(dim=(0, 3))
+        rows, columns = pasted.any(1).nonzero().flatten(), pasted.any(0).nonzero().flatten()
+        area = 0.0
+        if len(rows):
+            box = np.s_[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            assert torch.equal(mixed[box], images[partner][box])
+            area = len(rows) * len(columns) / SIZE**2
+            assert pasted.sum() == len(rows) * len(columns)
+        assert area <= 1 - weight + 1e-9
+        torch.testing.assert_close(soft, targets.lerp(targets[partner], area), rtol=0, atol=1e-6)
+        areas.append(area)
+    assert min(areas) < 0.1 and max(areas) > 0.4
+
+
+def test_targets_stay_distributions(images: torch.Tensor, targets: torch.Tensor) -> None:
+    for microbatch in range(20):
+        _, soft = mix(images, targets, mixup_alpha=1.0, cutmix_alpha=1.0, **key(microbatch))
+        torch.testing.assert_close(soft.sum(1), torch.ones(N))
+        assert (soft >= 0).all()
+
+
+def test_off_returns_the_inputs(images: torch.Tensor, targets: torch.Tensor) -> None:
+    mixed, soft = mix(images, targets, mixup_alpha=0.0, cutmix_alpha=0.0, **key())
+    assert mixed is images and soft is targets
+
+
+def test_inputs_are_left_as_they_were(images: torch.Tensor, targets: torch.Tensor) -> None:
+    before = images.clone(), targets.clone()
+    for technique in (mixup, cutmix):
+        technique(images, targets, alpha=1.0, draw=generator(0, "test"))
+        assert torch.equal(images, before[0]) and torch.equal(targets, before[1])
+
+
+def test_one_draw_a_key(images: torch.Tensor, targets: torch.Tensor) -> None:
+    def result(**where: int) -> torch.Tensor:
+        return mix(images, targets, mixup_alpha=1.0, cutmix_alpha=0.0, **where)[0]
+
+    assert torch.equal(result(**key(1)), result(**key(1)))
+    for other in (key(2), key(1, epoch=1), key(1, seed=1)):
+        assert not torch.equal(result(**key(1)), result(**other))
+
+
+def test_both_take_turns_at_random_and_move_no_draw_of_the_other(images: torch.Tensor, targets: torch.Tensor) -> None:
+    chosen = [choose(0.3, 1.0, **key(m)) for m in range(2000)]
+    assert 900 < chosen.count("mixup") < 1100
+    assert chosen.count("mixup") + chosen.count("cutmix") == 2000
+    changes = sum(a != b for a, b in itertools.pairwise(chosen))
+    assert 900 < changes < 1100
+    for microbatch in range(20):
+        both = mix(images, targets, mixup_alpha=0.3, cutmix_alpha=1.0, **key(microbatch))
+        alone = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0}
+        technique = f"{chosen[microbatch]}_alpha"
+        alone[technique] = {"mixup_alpha": 0.3, "cutmix_alpha": 1.0}[technique]
+        one = mix(images, targets, **alone, **key(microbatch))
+        assert torch.equal(both[0], one[0]) and torch.equal(both[1], one[1])
+
+
+def test_weights_follow_the_beta_law(targets: torch.Tensor) -> None:
+    x, alpha = torch.zeros(N, 1, 1, 1), 0.5
+    x[0] = 255.0
+    weights = []
+    for microbatch in range(1500):
+        _, soft = mix(x, torch.eye(N), mixup_alpha=alpha, cutmix_alpha=0.0, **key(microbatch))
+        if soft[0, 0] < 1.0:
+            weights.append(float(soft[0, 0]))
+    # Beta(0.5, 0.5) has mean 1/2 and variance 1/8; one of 16 permutations leaves the first image with itself.
+    assert abs(np.mean(weights) - 0.5) < 0.03
+    assert abs(np.var(weights) - 0.125) < 0.01
