@@ -15,10 +15,10 @@ EXEMPT = {"anneal", "anneal.tracking", "stages"}
 """Modules that cannot change an out: dvc.yaml does not name them, and what they import is not followed."""
 
 LAYERS = [
-    {"params", "seeding"},
+    {"params", "seeding", "progress"},
     {"store"},
-    {"sources", "decoding", "statistics", "preprocess"},
-    {"models", "optimizers", "schedules", "batching", "augment", "cutout", "mixing", "diagnosis"},
+    {"sources", "decoding", "splitting", "spooling", "statistics", "preprocess"},
+    {"models", "optimizers", "schedules", "batching", "augment", "transforms", "mixing", "diagnosis"},
     {"training"},
     {"views", "ensemble", "calibration", "metrics"},
     {"reporting", "serving", "evaluation"},
@@ -143,7 +143,8 @@ def test_only_training_imports_lightning_and_only_tracking_mlflow() -> None:
             assert relative in ("src/anneal/tracking.py", "src/anneal/pyfunc.py"), f"{relative} imports mlflow"
         assert "lightning" not in packages, f"{relative} imports the other Lightning package"
         assert "torchvision" not in packages, f"{relative} imports torchvision"
-        assert "dvc" not in packages or relative == "src/anneal/cli.py", f"{relative} imports dvc"
+        # tracking.py tags a run with the hash that dvc.lock gives its outs.
+        assert "dvc" not in packages or relative == "src/anneal/tracking.py", f"{relative} imports dvc"
 
 
 def layer(module: str) -> int:
@@ -165,15 +166,16 @@ def test_imports_run_downward() -> None:
         if module == "anneal" or module.endswith(".config"):
             continue
         for name in direct_imports(path):
-            if name.startswith("anneal.") and file_of(name) and not name.endswith(".config"):
-                if layer(name) > layer(module):
-                    faults.append(f"{module} imports {name}")
+            ours = name.startswith("anneal.") and file_of(name) and not name.endswith(".config")
+            if ours and layer(name) > layer(module):
+                faults.append(f"{module} imports {name}")
     assert not faults
 
 
 def test_no_import_cycles() -> None:
     graph = {
-        module_of(path): {n for n in direct_imports(path) if n.startswith("anneal.") and file_of(n)} for path in sources()
+        module_of(path): {n for n in direct_imports(path) if n.startswith("anneal.") and file_of(n)}
+        for path in sources()
     }
     state: dict[str, int] = {}
 

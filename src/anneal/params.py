@@ -335,7 +335,9 @@ def pydantic_faults(error: ValidationError, cls: type[BaseModel], values: Any, p
         path = _path((*([prefix] if prefix else []), *details["loc"]))
         reason = details.get("ctx", {}).get("error")
         expected = details["msg"].removeprefix("Input should be ")
-        faults.append(_joined(path, str(reason)) if reason else f"{path}: found {_shown(details['input'])}, allowed: {expected}")
+        faults.append(
+            _joined(path, str(reason)) if reason else f"{path}: found {_shown(details['input'])}, allowed: {expected}"
+        )
     return faults
 
 

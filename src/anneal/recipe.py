@@ -127,15 +127,20 @@ def apply(name: str, params: Path | str = "params.yaml", folder: Path | str = "r
     names = shipped(folder)
     if name not in names:
         raise UserError(f"recipe {name!r}: not in {folder}/; there are {', '.join(names)}{nearest(name, names)}")
-    yaml = YAML()
-    yaml.preserve_quotes = True
-    yaml.width = 4096
+    round_trip = YAML()
+    round_trip.preserve_quotes = True
+    round_trip.width = 4096
+    round_trip.representer.add_representer(
+        type(None), lambda dump, _: dump.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
     old = Path(params).read_text(encoding="utf-8")
-    tree = yaml.load(old)
+    tree = round_trip.load(old)
     read_yaml(params)
-    _assign(tree, read_yaml(Path(folder) / f"{name}.yaml"), ())
+    path = Path(folder) / f"{name}.yaml"
+    read_yaml(path)
+    _assign(tree, round_trip.load(path.read_text(encoding="utf-8")))
     buffer = io.StringIO()
-    yaml.dump(tree, buffer)
+    round_trip.dump(tree, buffer)
     new = buffer.getvalue()
     plain = YAML(typ="safe", pure=True).load(new)
     validate(plain)
@@ -148,12 +153,15 @@ def apply(name: str, params: Path | str = "params.yaml", folder: Path | str = "r
     return text
 
 
-def _assign(tree: Any, values: Mapping[str, Any], path: tuple[str, ...]) -> None:
+def _assign(tree: Any, values: Mapping[str, Any], path: tuple[str, ...] = ()) -> None:
+    """Set leaves in place, so that every comment and every other key stays."""
+    if path == ("ensemble", "members"):
+        for name in [name for name in tree if name not in values]:
+            del tree[name]
     for key, value in values.items():
-        here = (*path, key)
-        if isinstance(value, Mapping) and isinstance(tree.get(key), Mapping) and here != ("ensemble", "members"):
-            _assign(tree[key], value, here)
-        elif tree.get(key) != value or type(tree.get(key)) is bool:
+        if isinstance(value, Mapping) and isinstance(tree.get(key), Mapping):
+            _assign(tree[key], value, (*path, key))
+        elif key not in tree or tree[key] != value:
             tree[key] = value
 
 

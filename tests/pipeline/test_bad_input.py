@@ -1,0 +1,183 @@
+"""Mistakes end in one line with the fix and exit code 1, without a traceback and without half an out."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pipeline.conftest import Clone
+
+
+def fails(clone: Clone, *command: str, **env: str) -> str:
+    done = clone.run(*command, check=False, **env)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    return errors[0]
+
+
+def no_half_outs(clone: Clone) -> None:
+    left = [p for p in clone.path.rglob("*.tmp") if ".dvc" not in p.parts and ".git" not in p.parts]
+    assert left == []
+
+
+def test_missing_data_path(fresh: Clone) -> None:
+    fresh.set(data__path="data/nothing-here")
+    for command in (("anneal", "check"), ("python", "-m", "stages.preprocess")):
+        error = fails(fresh, *command)
+        assert "data/nothing-here" in error
+        assert "data.path" in error
+    assert not (fresh.path / "data/processed").exists()
+
+
+def test_empty_folder(fresh: Clone) -> None:
+    (fresh.path / "data/empty").mkdir()
+    fresh.set(data__path="data/empty")
+    for command in (("anneal", "check"), ("python", "-m", "stages.preprocess")):
+        assert "data/empty" in fails(fresh, *command)
+    assert not (fresh.path / "data/processed").exists()
+
+
+def test_unknown_model(fresh: Clone) -> None:
+    file = fresh.path / "params.yaml"
+    file.write_text(file.read_text(encoding="utf-8").replace("name: resnet ", "name: resent "), encoding="utf-8")
+    for command in (("anneal", "check"), ("python", "-m", "stages.preprocess"), ("python", "-m", "stages.train", "a")):
+        error = fails(fresh, *command)
+        assert error.endswith("model.name: found \"resent\", allowed: resnet | convnet | mlp; did you mean 'resnet'?")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch__size": 4096, "batch__microbatch": 4096}, ("batch.size", "4096", "200")),
+        ({"hardware__devices": 3, "hardware__accelerator": "cpu"}, ("batch", "3")),
+        ({"preprocess__normalize": "pca"}, ("pca", "zca")),
+        ({"model__resnet__widths": [8] * 6, "model__resnet__depths": [1] * 6}, ("model.resnet",)),
+        ({"model__name": "mlp", "regularization__stochastic_depth": 0.1}, ("stochastic_depth",)),
+    ],
+)
+def test_conflicts(small: Clone, changes: dict[str, Any], words: tuple[str, ...]) -> None:
+    file = small.path / "params.yaml"
+    before = file.read_text(encoding="utf-8")
+    try:
+        small.set(**changes)
+        for command in (("anneal", "check"), ("python", "-m", "stages.train", "a")):
+            if "preprocess__normalize" in changes and command[0] == "python":
+                continue  # the store at hand is not whitened
+            error = fails(small, *command)
+            for word in words:
+                assert word in error
+    finally:
+        file.write_text(before, encoding="utf-8")
+    no_half_outs(small)
+
+
+def test_policy_with_a_mistyped_argument(fresh: Clone) -> None:
+    fresh.set(augment__policy=[{"HorizontalFlip": {"prob": 0.5}}])
+    error = fails(fresh, "anneal", "check")
+    assert "augment.policy" in error
+    assert "prob" in error
+    fresh.set(augment__policy=[{"HorizontalFlp": {"p": 0.5}}])
+    assert "HorizontalFlip" in fails(fresh, "anneal", "check")
+
+
+def test_unwritable_tracking_store_does_not_stop_training(fresh: Clone) -> None:
+    """A path below a file can be created by nobody, not even by root."""
+    fresh.set(tracking__uri="sqlite:///params.yaml/mlflow.db", trainer__epochs=1)
+    done = fresh.repro("train@a")
+    assert (fresh.path / "models/a/weights.safetensors").exists()
+    assert "tracking" in done.stderr.lower()
+    assert "goes on" in done.stderr
+
+
+def test_member_that_is_not_there(fresh: Clone) -> None:
+    assert "no member 'z'; there are a" in fails(fresh, "python", "-m", "stages.train", "z")
+
+
+def test_stage_without_its_input(fresh: Clone) -> None:
+    assert "dvc repro" in fails(fresh, "python", "-m", "stages.train", "a")
+    assert "dvc repro" in fails(fresh, "anneal", "summary")
+    fails(fresh, "anneal", "predict", "data/digits.zip")
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "train"])
+def test_full_disk(small: Clone, stage: str, tmp_path: Path) -> None:
+    """A real file system of 256 KiB that fills up."""
+    mount = tmp_path / "full"
+    mount.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(mount)], check=False)
+    if done.returncode:
+        pytest.skip("mounting a tmpfs needs rights that this user lacks")
+    try:
+        out = {"preprocess": "data", "train": "models"}[stage]
+        clone = Clone(mount / "anneal")
+        clone.path.mkdir()
+        for name in ("stages", "src", "params.yaml", "params.schema.json", "data", "models"):
+            if name != out:
+                (clone.path / name).symlink_to(small.path / name)
+        (clone.path / out).mkdir()
+        for path in (small.path / out).iterdir():
+            if path.name not in ("processed", "a"):
+                (clone.path / out / path.name).symlink_to(path)
+        (mount / "ballast").write_bytes(b"x" * 250_000)
+        command = ["python", "-m", f"stages.{stage}"] + (["a"] if stage == "train" else [])
+        error = fails(clone, *command, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
+        assert "disk is full" in error
+        left = [p for p in (clone.path / out).rglob("*") if p.is_file() and not p.is_symlink()]
+        assert left == []
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+@pytest.mark.parametrize("when", ["in training", "at start"])
+def test_ctrl_c(small: Clone, when: str) -> None:
+    """A terminal's Ctrl-C goes to the whole process group."""
+    from mlflow import MlflowClient
+
+    file = small.path / "params.yaml"
+    before = file.read_text(encoding="utf-8")
+    try:
+        small.set(trainer__epochs=2000)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "stages.train", "a"],
+            cwd=small.path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "DVC_"))},
+        )
+        assert process.stdout is not None
+        seen = ""
+        if when == "in training":
+            for line in process.stdout:
+                seen += line
+                if "epoch 2/" in line:
+                    break
+        else:
+            time.sleep(0.7)
+        os.killpg(process.pid, signal.SIGINT)
+        seen += process.communicate(timeout=60)[0]
+        assert process.returncode in (130, -signal.SIGINT, 1), seen
+        assert "Traceback" not in seen
+        assert "stopped by Ctrl-C" in seen
+        assert not list((small.path / "models").glob("*.tmp"))
+        if when == "in training":
+            client = MlflowClient(f"sqlite:///{small.path}/mlflow.db")
+            experiments = [e.experiment_id for e in client.search_experiments()]
+            statuses = {
+                run.info.status for run in client.search_runs(experiments, "tags.stage = 'train'", max_results=1000)
+            }
+            assert "KILLED" in statuses
+            assert "RUNNING" not in statuses
+    finally:
+        file.write_text(before, encoding="utf-8")
+        small.run("dvc", "checkout")

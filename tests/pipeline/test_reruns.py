@@ -1,0 +1,155 @@
+"""What runs again, and that it gives the same bytes."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from anneal import params
+from anneal.params import UNTRACKED, flatten
+from tests.pipeline.conftest import ROOT, Clone
+
+
+def test_forced_rerun_writes_the_same_lock(small: Clone) -> None:
+    before = small.lock
+    done = small.repro("--force")
+    assert {name.split("@")[0] for name in small.ran(done)} == {
+        "preprocess",
+        "augment",
+        "train",
+        "diagnose",
+        "evaluate",
+        "report",
+    }
+    assert small.lock == before
+
+
+def sections_read(stage: str) -> set[str]:
+    """Sections that a stage's own code names: keys of `values[...]` and of the classes given to `params.parse`."""
+    tree = ast.parse((ROOT / "stages" / f"{stage}.py").read_text(encoding="utf-8"))
+    known = set(params.load(ROOT / "params.yaml", ROOT / "params.schema.json"))
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= {node.value} & known
+    return found - set(UNTRACKED)
+
+
+def listed(stage: str) -> set[str]:
+    stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    block = stages[stage].get("do", stages[stage])
+    return {name.split(".")[0] for name in block["params"]}
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "augment", "train", "diagnose", "evaluate"])
+def test_a_stage_lists_what_it_reads(stage: str) -> None:
+    read = sections_read(stage)
+    assert read - {"data", "augment", "train", "report"} <= listed(stage) | {"evaluate", "preprocess", "diagnose"}
+    assert listed(stage) - read <= {"ensemble"}, f"{stage} lists sections that it does not read"
+
+
+def other(value: Any) -> Any:
+    """Return a value that differs; it need not be valid, since nothing runs."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    return "changed"
+
+
+def test_each_key_touches_just_the_stages_that_list_it(small: Clone) -> None:
+    from dvc.repo import Repo
+
+    file = small.path / "params.yaml"
+    text = file.read_text(encoding="utf-8")
+    yaml = YAML()
+    blocks = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    keys = flatten(params.read_yaml(file))
+    checked = 0
+    try:
+        for key, value in keys.items():
+            # Changing these changes dvc.yaml's own templates, that is which stages there are.
+            if key == "data.path" or key.startswith("ensemble.members"):
+                continue
+            tree = yaml.load(text)
+            *parents, leaf = key.split(".")
+            node = tree
+            for parent in parents:
+                node = node[parent]
+            node[leaf] = other(value)
+            with file.open("w", encoding="utf-8") as out:
+                yaml.dump(tree, out)
+            section = key.split(".")[0]
+            expected = {
+                name
+                for name, block in blocks.items()
+                if any(key == p or key.startswith(f"{p}.") for p in block.get("do", block)["params"])
+            }
+            assert bool(expected) == (section not in UNTRACKED), key
+            with Repo(str(small.path)) as repo:
+                changed = {name.split("@")[0] for name, why in repo.status().items() if "params.yaml" in str(why)}
+            assert changed == expected, key
+            checked += 1
+    finally:
+        file.write_text(text, encoding="utf-8")
+    assert checked > 60
+    assert small.ran(small.repro()) == []
+
+
+def test_editing_one_key_runs_the_right_stages(fresh: Clone) -> None:
+    fresh.repro()
+    fresh.set(evaluate__bootstrap=200)
+    assert fresh.ran(fresh.repro()) == ["evaluate", "report"]
+    fresh.set(optimizer__SGD__lr=0.05)
+    assert fresh.ran(fresh.repro()) == ["train@a", "diagnose", "evaluate", "report"]
+    fresh.set(ensemble__members={"a": {"seed": 0}, "b": {"seed": 1}})
+    assert fresh.ran(fresh.repro()) == ["train@b", "diagnose", "evaluate", "report"]
+    # A removed member is no longer read, though its folder stays until `dvc checkout` prunes it.
+    fresh.set(ensemble__members={"b": {"seed": 1}})
+    fresh.repro()
+    assert set(fresh.json("reports/metrics.json")["val"]["members"]) == {"b"}
+    fresh.set(hardware__num_workers=2, tracking__experiment="other")
+    assert fresh.ran(fresh.repro()) == []
+
+
+def test_changed_data_runs_again(fresh: Clone, tmp_path: Path) -> None:
+    import zipfile
+
+    fresh.repro("augment")
+    with zipfile.ZipFile(fresh.path / "data/digits.zip") as old:
+        names = [n for n in old.namelist() if n.endswith(".png")]
+        with zipfile.ZipFile(tmp_path / "new.zip", "w") as new:
+            for name in names[:-1]:
+                new.writestr(name, old.read(name))
+    (tmp_path / "new.zip").replace(fresh.path / "data/digits.zip")
+    assert fresh.ran(fresh.repro("augment"))[0] == "preprocess"
+
+
+def test_experiments_and_the_queue_run_their_own_code(fresh: Clone) -> None:
+    """`dvc exp run --temp` and `dvc queue` run, in a checkout of their own, and track into the same store."""
+    fresh.repro()
+    fresh.run("git", "add", "dvc.lock")
+    fresh.run("git", "commit", "-qm", "first run")
+    fresh.run("dvc", "exp", "run", "--temp", "-n", "warmer", "-S", "optimizer.SGD.lr=0.2")
+    fresh.run("dvc", "exp", "run", "--queue", "-n", "queued", "-S", "optimizer.name=AdamW")
+    fresh.run("dvc", "queue", "start")
+    for _ in range(100):
+        status = fresh.run("dvc", "queue", "status").stdout
+        if "Success" in status or "Failed" in status:
+            break
+        fresh.run("sleep", "2")
+    assert "Success" in status, status + fresh.run("dvc", "queue", "logs", "queued", check=False).stdout
+    shown = fresh.run("dvc", "exp", "show", "--csv", "--no-pager").stdout
+    assert "warmer" in shown
+    assert "queued" in shown
+    assert not (fresh.path / ".dvc/tmp/exps/mlflow.db").exists()
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{fresh.path}/mlflow.db")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()], max_results=1000)
+    names = {run.data.tags.get("DVC_EXP_NAME") for run in runs}
+    assert {"warmer", "queued"} <= names
