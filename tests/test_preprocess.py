@@ -418,7 +418,7 @@ def test_rejected_files_are_named_and_limited(tmp_path: Path) -> None:
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no images there"):
+    with pytest.raises(UserError, match="no images in"):
         build(tmp_path / "empty", tmp_path / "a")
     with pytest.raises(UserError, match="found one class, 'cat'"):
         build(write_folder(tmp_path / "raw", images(5, ("cat",))), tmp_path / "b")

@@ -163,11 +163,6 @@ def build_store(
 
 
 def _check_source(source: Source) -> None:
-    if not len(source) and not source.rejected:
-        raise UserError(
-            "data.path: no images there; expected <class>/<image> or <train|val|test>/<class>/<image>, "
-            "an IDX or CIFAR binary folder, or a table with path and label"
-        )
     if len(source.classes) < 2:
         found = f"one class, {source.classes[0]!r}" if source.classes else "no class"
         raise UserError(f"data.path: found {found}, allowed: at least two")

@@ -162,9 +162,15 @@ def open_source(path: Path | str, format: str = "auto") -> Source:
         found = "a folder" if path.is_dir() else "a file"
         raise UserError(f"data.format: {kind} does not fit {path}, which is {found}; auto finds out by itself")
     try:
-        return READERS[kind](path)
+        source = READERS[kind](path)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"data.path: {path} is damaged: {error}") from None
+    if not len(source) and not source.rejected:
+        raise UserError(
+            f"data.path: there are no images in {path}; expected <class>/<image> or <train|val|test>/<class>/<image>, "
+            "an IDX or CIFAR binary folder, or a table with path and label"
+        )
+    return source
 
 
 def check_outs(path: Path | str, outs: Iterable[Path]) -> None:
