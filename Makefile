@@ -24,6 +24,7 @@ $(STAMP): requirements.lock pyproject.toml
 # Checked again only when what is checked, or who checks it, is newer than the last check that passed.
 $(VENV)/.checked: params.yaml params.schema.json $(wildcard src/anneal/*.py src/anneal/*/*.py) | $(STAMP)
 	@anneal check --brief
+	@anneal prune
 	@touch $@
 
 repro: $(STAMP) $(VENV)/.checked ## train: run what params.yaml, the data or the code made out of date

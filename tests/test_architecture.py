@@ -23,7 +23,7 @@ LAYERS = [
     {"views", "ensemble", "calibration", "metrics"},
     {"reporting", "serving", "evaluation"},
     {"tracking", "pyfunc"},
-    {"recipe", "cli"},
+    {"conflicts", "recipe", "cli"},
 ]
 """Imports run from a later line to an earlier one, or within a line."""
 
@@ -143,8 +143,8 @@ def test_only_training_imports_lightning_and_only_tracking_mlflow() -> None:
             assert relative in ("src/anneal/tracking.py", "src/anneal/pyfunc.py"), f"{relative} imports mlflow"
         assert "lightning" not in packages, f"{relative} imports the other Lightning package"
         assert "torchvision" not in packages, f"{relative} imports torchvision"
-        # tracking.py tags a run with the hash that dvc.lock gives its outs.
-        assert "dvc" not in packages or relative == "src/anneal/tracking.py", f"{relative} imports dvc"
+        # tracking.py tags a run with the hash that dvc.lock gives its outs, and cli.py mends dvc.lock.
+        assert "dvc" not in packages or relative in ("src/anneal/tracking.py", "src/anneal/cli.py"), relative
 
 
 def layer(module: str) -> int:

@@ -131,7 +131,9 @@ def test_curves_have_a_column_for_each_member(tmp_path: Path) -> None:
     rows = list(csv.DictReader(curves_csv(histories).splitlines()))
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5"]
     assert [row["a_val_loss"] != "" for row in rows] == [True, True, True, False, False]
-    assert float(rows[4]["b_val_loss"]) == histories["b"]["val_loss"][4]
+    assert float(rows[4]["b_val_loss"]) == histories["b"]["val_loss"][4] == float(rows[4]["val_loss"])
+    both = histories["a"]["lr"][1] + histories["b"]["lr"][1]
+    assert float(rows[1]["lr"]) == pytest.approx(both / 2)
     for name in ("one.png", "two.png"):
         draw_curves(histories, tmp_path / name)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from anneal import params
 from anneal.augment import compile_policy, policy_to_json
 from anneal.batching import BatchConfig, epoch_order
+from anneal.conflicts import check_recipe
 from anneal.models.build import build_classifier, load_classifier
 from anneal.models.config import InitConfig, ModelConfig
 from anneal.models.initialization import initialize
@@ -35,7 +36,6 @@ from anneal.training.config import (
     RegularizationConfig,
     TrainerConfig,
 )
-from anneal.training.conflicts import check_recipe
 from anneal.training.data import MicrobatchDataset, training_set, workers_that_pay
 from anneal.training.fit import (
     balanced_weights,
@@ -553,6 +553,6 @@ def test_conflicts_are_all_reported_without_torch():
         assert part in text
     with pytest.raises(ParamsError, match="900 epochs"):
         check_recipe(**chosen, preprocess=preprocess, num_train=4000)
-    code = "import anneal.training.conflicts, sys; print([m for m in ('torch', 'cv2', 'mlflow') if m in sys.modules])"
+    code = "import anneal.conflicts, sys; print([m for m in ('torch', 'cv2', 'mlflow') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

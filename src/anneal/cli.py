@@ -1,10 +1,11 @@
-"""The few commands that are not stages: check, recipe, summary, predict, ui."""
+"""The few commands that are not stages: check, recipe, summary, prune, predict, ui."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -43,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     summary = commands.add_parser("summary", help="print the figures of the last run and what to try next")
     summary.set_defaults(run=_summary)
 
+    prune = commands.add_parser("prune", help="remove models of members that params.yaml no longer names")
+    prune.set_defaults(run=_prune)
+
     predict = commands.add_parser("predict", help="label images with the trained predictor")
     predict.add_argument("paths", nargs="+", metavar="PATH", help="files, folders or archives of images")
     predict.add_argument("--csv", action="store_true", help="print CSV with all probabilities instead of a table")
@@ -76,10 +80,10 @@ def _check(options: argparse.Namespace) -> None:
 def _resolved(values: dict[str, Any], recipe: Any) -> list[tuple[str, str]]:
     """Return the derived values, after the checks that need the data or a library's signatures."""
     from anneal.batching import plan
+    from anneal.conflicts import check_recipe
     from anneal.preprocess import planned_counts
     from anneal.schedules import length_in_steps, scaled_rate
     from anneal.sources import open_source
-    from anneal.training.conflicts import check_recipe
 
     if not isinstance(recipe.augment.policy, str):
         from anneal.augment import check_policy
@@ -156,9 +160,9 @@ def _recipe(options: argparse.Namespace) -> None:
 
 _FIGURES = {
     "single": "one member, mean",
-    "tta": "one member with TTA, mean",
+    "tta": "one member, TTA, mean",
     "ensemble": "ensemble",
-    "ensemble_tta": "ensemble with TTA",
+    "ensemble_tta": "exported: ensemble, TTA",
 }
 
 
@@ -178,6 +182,28 @@ def _summary(_: argparse.Namespace) -> None:
             )
     print("\nnext: `make ui` opens every run in MLflow; edit params.yaml and `make repro` trains again.")
     print("      reports/report.html is the whole story on one page.")
+
+
+# ---- prune ----------------------------------------------------------------------------------------------------------
+
+
+def _prune(_: argparse.Namespace) -> None:
+    """Remove what `dvc.lock` records of former members; their bytes stay in DVC's cache."""
+    members = params.load()["ensemble"]["members"]
+    lock = Path("dvc.lock")
+    recorded = params.read_yaml(lock).get("stages", {}) if lock.exists() else {}
+    former = [name for name in recorded if name.startswith("train@") and name.removeprefix("train@") not in members]
+    if not former:
+        return
+    from dvc.utils.serialize import modify_yaml
+
+    for name in former:
+        for out in recorded[name].get("outs", []):
+            shutil.rmtree(out["path"], ignore_errors=True)
+            print(f"removed {out['path']}: ensemble.members no longer names it")
+    with modify_yaml("dvc.lock") as values:
+        for name in former:
+            del values["stages"][name]
 
 
 # ---- predict --------------------------------------------------------------------------------------------------------

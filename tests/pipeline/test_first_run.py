@@ -13,7 +13,7 @@ def test_digits_reach_their_accuracy(digits: Clone) -> None:
     metrics = digits.json("reports/metrics.json")
     assert set(metrics) == {"val", "test"}
     for split in metrics.values():
-        assert set(split) == {"members", "single", "tta", "ensemble", "ensemble_tta"}
+        assert set(split) >= {"members", "single", "tta", "ensemble", "ensemble_tta"}
         assert set(split["members"]) == {"a", "b", "c"}
         for figures in (split["single"], split["ensemble_tta"], *split["members"].values()):
             assert set(figures) >= FIGURES

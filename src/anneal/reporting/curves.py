@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -16,7 +17,9 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#0
 
 
 def curves_csv(histories: Mapping[str, Mapping[str, list[float]]]) -> str:
-    """Return one table: ``epoch``, then a column for each member and quantity (``a_val_loss``), empty where a member stopped.
+    """Return one table: ``epoch``, a column for each quantity, and one for each member and quantity (``a_val_loss``).
+
+    A quantity's own column is the mean over the members that still train; a member's is empty once it stopped.
 
     Parameters
     ----------
@@ -26,10 +29,12 @@ def curves_csv(histories: Mapping[str, Mapping[str, list[float]]]) -> str:
     names = [(member, quantity) for member in histories for quantity in QUANTITIES]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["epoch", *(f"{member}_{quantity}" for member, quantity in names)])
+    writer.writerow(["epoch", *QUANTITIES, *(f"{member}_{quantity}" for member, quantity in names)])
     for i in range(max(len(history["epoch"]) for history in histories.values())):
-        values = [histories[member][quantity] for member, quantity in names]
-        writer.writerow([i + 1, *(repr(column[i]) if i < len(column) else "" for column in values)])
+        training = [history for history in histories.values() if i < len(history["epoch"])]
+        means = [repr(fmean(history[quantity][i] for history in training)) for quantity in QUANTITIES]
+        columns = [histories[member][quantity] for member, quantity in names]
+        writer.writerow([i + 1, *means, *(repr(column[i]) if i < len(column) else "" for column in columns)])
     return buffer.getvalue()
 
 

@@ -1,0 +1,105 @@
+"""The command line: what it prints, and how it says no."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from anneal import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("params.yaml", "params.schema.json"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "anneal.cli", *arguments]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+
+
+def edit(project: Path, old: str, new: str) -> None:
+    file = project / "params.yaml"
+    text = file.read_text(encoding="utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_check_resolves_every_member(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(project, "    c: {seed: 2}", "    c: {seed: 2, batch: {size: 64}, optimizer: {name: AdamW}}")
+    assert cli.main(["check"]) == 0
+    out = capsys.readouterr().out
+    assert "data/digits.zip (archive): 1,259 train, 179 val, 359 test; 10 classes" in out
+    assert "seed 1; resnet; batch 32 = 32 x 1 device x 1 accumulated; 40 steps an epoch, 600 steps in all" in out
+    assert "seed 2; resnet; batch 64 = 32 x 1 device x 2 accumulated; 20 steps an epoch, 300 steps in all; AdamW" in out
+    assert "warm-up 30 steps, then cosine" in out
+
+
+def test_scaled_peak_rate(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(project, "lr_scaling: none", "lr_scaling: linear")
+    edit(project, "  size: 32  ", "  size: 64  ")
+    cli.main(["check"])
+    assert "peak rate 0.1," in capsys.readouterr().out
+
+
+def test_brief_is_one_line(project: Path) -> None:
+    assert run(project, "check", "--brief").stdout == "params.yaml is valid\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("  name: resnet ", "  name: resnt ", "did you mean 'resnet'?"),
+        ("views: [identity]", "views: [hflop]", "did you mean 'hflip'?"),
+        ("policy: light", "policy: [{HorizontalFlip: {q: 1}}]", "augment.policy[0].HorizontalFlip"),
+        ("devices: auto", "devices: 3", "batch"),
+        ("  path: data/digits.zip", "  path: data/digit.zip", "data.path: data/digit.zip does not exist"),
+    ],
+)
+def test_check_refuses(project: Path, old: str, new: str, fault: str) -> None:
+    edit(project, old, new)
+    done = run(project, "check")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ")
+    assert fault in done.stderr
+
+
+def test_recipe_lists_and_writes(project: Path) -> None:
+    out = run(project, "recipe").stdout
+    for name in ("digits", "fashion-mnist", "photos"):
+        assert f"  {name}" in out
+    done = run(project, "recipe", "photos")
+    assert "+  path: data/photos" in done.stdout
+    assert "put your images at data/photos" in done.stdout
+    assert run(project, "recipe", "photo").stderr.endswith("did you mean 'photos'?\n")
+    assert "already says" in run(project, "recipe", "photos").stdout
+
+
+def test_no_command_is_help(project: Path) -> None:
+    done = run(project)
+    assert done.returncode == 2
+    for command in ("check", "recipe", "summary", "predict", "ui"):
+        assert command in done.stdout
+
+
+def test_outside_a_project(tmp_path: Path) -> None:
+    done = run(tmp_path, "check")
+    assert done.returncode == 1
+    assert done.stderr == "error: params.yaml: no such file; run from the folder that holds dvc.yaml\n"
+
+
+def test_predict_needs_a_positive_top(project: Path) -> None:
+    assert "--top: found 0" in run(project, "predict", "--top", "0", "x.png").stderr
