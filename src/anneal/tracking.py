@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,7 +37,7 @@ from anneal.params import Strict, UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import DatasetInput
+    from mlflow.entities import DatasetInput, Metric
     from mlflow.entities import Run as Record
 
 PATIENCE = 60.0
@@ -69,8 +69,18 @@ RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 PARENT = "mlflow.parentRunId"
 NOTE = "mlflow.note.content"
 
-KIND = "custom_model_development"
-"""Kind of the experiment: MLflow's page then shows model training, and not prompts and traces."""
+VIEW = "headline"
+"""Name of the view of the runs table that a new experiment gets."""
+
+COLUMNS = (
+    "metrics.`test/accuracy`",
+    "metrics.`val/accuracy`",
+    "params.`model.name`",
+    "params.`optimizer.name`",
+    "params.`augment.policy`",
+    "attributes.`Models`",
+)
+"""Columns of that view; of itself MLflow's table shows no metric."""
 
 
 class TrackingConfig(Strict):
@@ -339,6 +349,25 @@ def ui_command(uri: str, port: int = 5000) -> tuple[list[str], dict[str, str]]:
     }
 
 
+def ui_page(uri: str, experiment: str, address: str = "http://127.0.0.1:5000") -> str:
+    """Return the address of the experiment's runs table with the headline columns, on the server at ``address``.
+
+    Without it MLflow's page opens on prompts and traces. Takes seconds: it asks the store.
+    """
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    import mlflow
+
+    try:
+        found = mlflow.MlflowClient(tracking_uri(uri)).get_experiment_by_name(experiment)
+    except Exception:  # no store yet, or none that answers: the server will say so
+        found = None
+    if found is None:
+        return address
+    view = f"&viewStateShareKey={VIEW}" if f"mlflow.sharedViewState.{VIEW}" in found.tags else ""
+    return f"{address}/#/experiments/{found.experiment_id}/runs?workflowType=machine_learning{view}"
+
+
 # ---- names and hashes -----------------------------------------------------------------------------------------------
 
 
@@ -488,7 +517,7 @@ def _serve() -> None:
             calls.put(("finish", {"status": "KILLED", "reason": "", "time": _now()}))
 
     threading.Thread(target=read, daemon=True).start()
-    session = _Session(errors)
+    session = _Session(calls, errors)
     name = ""
     while name != "finish":
         name, arguments = calls.get()
@@ -503,7 +532,8 @@ def _serve() -> None:
 class _Session:
     """One stage execution, seen from the process that talks to MLflow."""
 
-    def __init__(self, errors: Any) -> None:
+    def __init__(self, calls: queue.SimpleQueue[tuple[str, dict[str, Any]]], errors: Any) -> None:
+        self.calls = calls
         self.errors = errors
         self.uri = ""
         self.run_id = ""
@@ -512,13 +542,19 @@ class _Session:
         self.warned = False
         self.monitor: Any = None
         self.inputs: dict[str, DatasetInput] = {}
+        self.waiting: list[Metric] = []
 
     def call(self, name: str, arguments: dict[str, Any]) -> Any:
         """Carry out one call; a fault is said once, and ends the tracking where the store is out of reach."""
+        if self.waiting and name != "metrics":
+            self.guarded(self.flush)
         if self.broken and name != "finish":
             return None
+        return self.guarded(getattr(self, name), **arguments)
+
+    def guarded(self, function: Callable[..., Any], **arguments: Any) -> Any:
         try:
-            return getattr(self, name)(**arguments)
+            return function(**arguments)
         except Exception as error:  # whatever it is, it must not reach the stage
             if not self.warned:
                 _warn(self.uri, error, self.errors)
@@ -621,7 +657,8 @@ class _Session:
             # A store without a server keeps artifacts where its first user stood, unless told.
             place = None if self.uri.startswith("http") else _artifact_root(self.root)
             try:
-                return self.client.create_experiment(name, place, {"mlflow.experimentKind": KIND})
+                view = {f"mlflow.sharedViewState.{VIEW}": json.dumps({"selectedColumns": COLUMNS})}
+                return self.client.create_experiment(name, place, view)
             except MlflowException:  # another machine was first
                 experiment = self.client.get_experiment_by_name(name)
                 if experiment is None:
@@ -711,7 +748,17 @@ class _Session:
             self.client.log_batch(run_id, metrics=items[start : start + 1000])
 
     def metrics(self, values: dict[str, float], step: int, time: int) -> None:
-        self.log_metrics(self.run_id, values, step, time)
+        from mlflow.entities import Metric
+
+        self.waiting += [Metric(key, float(value), time, step) for key, value in values.items()]
+        if self.calls.empty() or len(self.waiting) >= 1000:
+            self.flush()
+
+    def flush(self) -> None:
+        """Log the metrics that came in while the store was slow, in as few calls as MLflow's limit allows."""
+        waiting, self.waiting = self.waiting, []
+        for start in range(0, len(waiting), 1000):
+            self.client.log_batch(self.run_id, metrics=waiting[start : start + 1000])
 
     def headline(self, values: dict[str, float], time: int) -> None:
         if self.parent_id:
@@ -851,15 +898,18 @@ class _Session:
         if reason:
             self.client.set_tag(self.run_id, "error", reason)
         if status == "FINISHED":
-            for out in self.outs:
-                if md5 := dvc_hash(out):
-                    self.client.set_tag(self.run_id, _tag_name("out", out), md5)
-                    if out.startswith("models/"):
-                        self.client.set_tag(self.run_id, "model.md5", md5)
+            self.guarded(self.tag_outs)
         with self.lock():
             self.client.set_terminated(self.run_id, status, time)
             if self.parent_id and not any(_alive(run.data.tags.get("process", "")) for run in self.running()):
                 self.client.set_terminated(self.parent_id, status, time)
+
+    def tag_outs(self) -> None:
+        for out in self.outs:
+            if md5 := dvc_hash(out):
+                self.tag(_tag_name("out", out), md5)
+                if out.startswith("models/"):
+                    self.tag("model.md5", md5)
 
     def running(self) -> list[Record]:
         return [run for run in self.children() if run.info.status == "RUNNING" and run.info.run_id != self.run_id]

@@ -1,0 +1,97 @@
+"""What real pipeline runs leave in MLflow: one parent, one child a stage execution, never a duplicate."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pipeline.conftest import Clone
+from tests.test_browser import check_pages
+from tests.test_tracking import children, parents, sqlite
+
+STAGES = ["augment", "diagnose", "evaluate", "preprocess", "report"]
+
+
+def count_by_stage(clone: Clone) -> Counter[str]:
+    return Counter(run.data.tags["stage"] for run in children(sqlite(clone.path)))
+
+
+def test_one_parent_with_the_headline_and_a_child_a_stage(digits: Clone) -> None:
+    (parent,) = parents(sqlite(digits.path))
+    assert count_by_stage(digits) == {**dict.fromkeys(STAGES, 1), "train": 3}
+    metrics = digits.json("reports/metrics.json")
+    assert parent.data.metrics["test/accuracy"] == metrics["test"]["ensemble_tta"]["accuracy"]
+    assert parent.data.params["optimizer.SGD.lr"] == "0.05"
+    for run in children(sqlite(digits.path)):
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.data.tags["mlflow.source.git.commit"]
+
+
+def test_learning_curves_are_whole(digits: Clone) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(sqlite(digits.path))
+    for run in children(sqlite(digits.path), "train"):
+        for metric in ("train/loss", "val/loss", "train/accuracy", "val/accuracy", "lr", "grad_norm"):
+            history = client.get_metric_history(run.info.run_id, metric)
+            assert len(history) == 15, metric
+            assert len({point.step for point in history}) == 15, metric
+
+
+def test_outs_are_tagged_with_the_hashes_of_dvc_lock(digits: Clone) -> None:
+    from ruamel.yaml import YAML
+
+    locked = YAML(typ="safe").load(digits.lock)["stages"]
+    (run,) = [r for r in children(sqlite(digits.path), "train") if r.data.tags["member"] == "b"]
+    (out,) = locked["train@b"]["outs"]
+    assert run.data.tags["out.models/b"] == out["md5"]
+
+
+def test_the_logged_predictor_gives_the_figures_of_evaluate(digits: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+    import numpy as np
+    import pyarrow.parquet
+
+    from anneal.store import open_store
+
+    monkeypatch.chdir(digits.path)
+    mlflow.set_tracking_uri(sqlite(digits.path))
+    (parent,) = parents(sqlite(digits.path))
+    model: Any = mlflow.pyfunc.load_model(parent.data.tags["predictor.uri"])
+    split = open_store("data/processed").split("test")
+    probabilities = model.predict(split.take(np.arange(len(split))))
+    table = pyarrow.parquet.read_table("reports/predictions.parquet").to_pylist()
+    expected = {row["source"]: row for row in table if row["split"] == "test"}
+    for sample, row in zip(split.samples(), probabilities, strict=True):
+        for name, value in zip(map(str, range(10)), row, strict=True):
+            assert abs(expected[sample.source][f"prob_{name}"] - value) < 1e-6
+
+
+def test_a_cached_stage_adds_no_run_and_a_forced_one_adds_an_attempt(small: Clone) -> None:
+    before = count_by_stage(small)
+    small.repro()
+    assert count_by_stage(small) == before
+    small.repro("--force", "-s", "diagnose")
+    after = count_by_stage(small)
+    assert after == before + Counter({"diagnose": 1})
+    attempts = [run.data.tags["attempt"] for run in children(sqlite(small.path), "diagnose")]
+    assert len(set(attempts)) == len(attempts)
+    assert len(parents(sqlite(small.path))) == 1
+
+
+def test_a_person_finds_the_run_in_the_browser(digits: Clone, tmp_path: Path) -> None:
+    out = Path(os.environ.get("ANNEAL_SCREENSHOTS", tmp_path)) / "digits"
+    out.mkdir(parents=True, exist_ok=True)
+    check_pages(
+        sqlite(digits.path),
+        out,
+        headline="test/accuracy",
+        child="train a",
+        curve="val/loss",
+        preview="augmentation/overview.png",
+    )
