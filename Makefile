@@ -15,10 +15,10 @@ setup: $(STAMP) ## create .venv and install requirements.lock into it
 
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; name one: make PYTHON=python3.12 ...")'
-	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
 	@echo "installing requirements.lock (a few minutes, once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # Checked again only when what is checked, or who checks it, is newer than the last check that passed.
@@ -56,6 +56,7 @@ bench: $(STAMP) ## print the performance ratios of docs/performance.md
 schema: $(STAMP) ## write params.schema.json anew from the section classes
 	@python -m anneal.recipe
 
+# torch's own metadata pins its CUDA packages exactly; left out here, a CPU build of torch stays one.
 lock: $(STAMP) ## resolve pyproject.toml anew into requirements.lock
 	@$(BIN)/python -m pip install --quiet uv
 	@$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --quiet --no-header --no-annotate $(LOCKFLAGS) \

@@ -22,6 +22,7 @@ def main() -> None:
     ensemble: EnsembleConfig = sections["ensemble"]
     members = {name: Path("models") / name for name in ensemble.members}
     with tracking.stage_run(values, "evaluate", data=DATA, outs=OUTS) as run:
+        run.link("preprocess", DATA)
         for name, folder in members.items():
             run.link("train", folder, member=name)
         store = open_store(DATA)

@@ -22,7 +22,7 @@ def main() -> None:
     data, split, config = sections["data"], sections["split"], sections["preprocess"]
     num_workers = values["hardware"]["num_workers"]
     with tracking.stage_run(values, "preprocess", data=None, outs=[DATA, REPORT, PICTURES]) as run:
-        check_outs(data.path, [DATA, REPORT, PICTURES])
+        check_outs(data.path)
         source = open_source(data.path, data.format)
         with fresh_folder(DATA) as folder:
             report = build_store(

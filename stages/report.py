@@ -29,7 +29,10 @@ SECTIONS = (
 
 def read(name: str) -> Any:
     """Return a JSON file below reports/."""
-    return json.loads((REPORTS / name).read_text(encoding="utf-8"))
+    try:
+        return json.loads((REPORTS / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise params.UserError(f"{REPORTS / name}: no such file; run `dvc repro report`") from None
 
 
 def main() -> None:
@@ -49,6 +52,7 @@ def main() -> None:
             pictures={name: path.read_bytes() for name, path in PICTURES.items() if path.exists()},
         )
         write_text(OUT, page)
+        run.link("augment", REPORTS / "augmentation")
         run.artifact(OUT)
     print(f"see {OUT}")
 

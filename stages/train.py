@@ -59,4 +59,6 @@ def main(member: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise params.UserError("usage: python -m stages.train MEMBER, one of ensemble.members")
     main(sys.argv[1])

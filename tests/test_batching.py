@@ -39,6 +39,15 @@ def test_devices_that_divide(available, size, microbatch, expected):
     assert devices_that_divide(available, size=size, microbatch=microbatch) == expected
 
 
+@pytest.mark.parametrize(("size", "microbatch", "num_samples"), [(4, 2, 11), (16, 2, 21), (16, 8, 39), (64, 16, 131)])
+def test_no_microbatch_is_too_small_for_batchnorm(size, microbatch, num_samples):
+    p = plan(size=size, microbatch=microbatch, devices=1, num_nodes=1, num_samples=num_samples)
+    bounds = [b for window in range(p.steps_per_epoch) for b in p.bounds(window)]
+    assert len(bounds) == p.microbatches_per_epoch
+    assert min(end - start for start, end in bounds) >= 2
+    assert bounds[-1][1] == p.samples_per_epoch
+
+
 def test_order_is_keyed_by_seed_and_epoch():
     assert (epoch_order(50, 0, 1) == epoch_order(50, 0, 1)).all()
     assert (epoch_order(50, 0, 1) != epoch_order(50, 0, 2)).any()
@@ -74,8 +83,9 @@ def test_every_sample_once_whatever_the_processes(microbatch, accumulation, worl
     seen = [i for indices in real.values() for i in indices]
     assert seen == epoch_order(num_samples, 7, epoch)[: p.samples_per_epoch].tolist()
     assert num_samples - len(seen) == (1 if num_samples % size == 1 else 0)
-    assert all(len(indices) <= microbatch for indices in real.values())
-    if microbatch >= 3 and size > 1:
+    # A part of three, where cutting it at two would leave one sample alone.
+    assert all(len(indices) <= (3 if microbatch == 2 else microbatch) for indices in real.values())
+    if microbatch >= 2:
         assert all(len(indices) >= 2 for indices in real.values())
     for i in range(p.microbatches_per_epoch):
         window = p.window_of(i)

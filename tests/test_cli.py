@@ -53,6 +53,22 @@ def test_scaled_peak_rate(project: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "peak rate 0.1," in capsys.readouterr().out
 
 
+def test_balancing_copies_count_as_training_images(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(project, "balance: false", "balance: true")
+    cli.main(["check"])
+    assert "40 steps an epoch" in capsys.readouterr().out  # 10 classes x 128 = 1,280 images
+
+
+def test_a_fault_of_a_member_names_it(project: Path) -> None:
+    edit(project, "    b: {seed: 1}", "    b: {seed: 1, batch: {size: 4096}}")
+    assert "params.yaml: ensemble.members.b.batch.size: found 4096" in run(project, "check").stderr
+    edit(project, "    b: {seed: 1, batch: {size: 4096}}", "    b: {optimizer: {name: AdamX}}")
+    fault = 'params.yaml: ensemble.members.b.optimizer.name: found "AdamX", allowed: SGD | Adam | AdamW'
+    assert fault in run(project, "check").stderr
+    edit(project, "    b: {optimizer", "    1: {optimizer")
+    assert "ensemble.members.1: found a name that is no text" in run(project, "check").stderr
+
+
 def test_brief_is_one_line(project: Path) -> None:
     assert run(project, "check", "--brief").stdout == "params.yaml is valid\n"
 

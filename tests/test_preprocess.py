@@ -3,6 +3,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import subprocess
+import sys
 import tracemalloc
 from itertools import chain
 from pathlib import Path
@@ -16,7 +19,7 @@ from PIL import Image
 from anneal import splitting, statistics
 from anneal.decoding import RESAMPLING, as_channels, decode, resize
 from anneal.params import ParamsError, UserError, parse
-from anneal.preprocess import PreprocessConfig, SplitConfig, build_store, planned_counts
+from anneal.preprocess import PreprocessConfig, SplitConfig, build_store, planned_classes, planned_counts
 from anneal.reporting.preprocessing import draw_preprocessing
 from anneal.sources import open_source
 from anneal.store import open_store
@@ -346,6 +349,28 @@ def test_statistics_do_not_depend_on_the_blocks(kind: str) -> None:
     assert all(np.array_equal(small[name], large[name]) for name in large)
 
 
+WHITEN = """
+import hashlib, sys
+import numpy as np
+from anneal import statistics
+images = np.random.default_rng(0).integers(0, 256, (600, 20, 20, 1), np.uint8)
+images[:, 5:] //= 3
+fitted = statistics.fit_statistics(sys.argv[1], [images[:350], images[350:]], epsilon=1e-3)
+arrays = [fitted[name] for name in sorted(fitted)] + [statistics.normalize(images, sys.argv[1], fitted)]
+print(*(hashlib.sha256(array.tobytes()).hexdigest() for array in arrays))
+"""
+
+
+@pytest.mark.parametrize("kind", statistics.WHITENING)
+def test_whitening_does_not_depend_on_the_number_of_threads(kind: str) -> None:
+    digests = set()
+    for threads in ("1", "2"):
+        env = os.environ | {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+        command = [sys.executable, "-c", WHITEN, kind]
+        digests.add(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
+    assert len(digests) == 1
+
+
 def test_a_constant_pixel_gets_the_smallest_deviation() -> None:
     flat = np.full((5, 2, 2, 1), 9, np.uint8)
     assert (statistics.fit_statistics("standardize_pixel", [flat])["std"] == 1 / 255).all()
@@ -431,6 +456,23 @@ def test_limit_applies_to_training_images_alone(tmp_path: Path) -> None:
     report, splits = made(tmp_path, images(10), limit=6)
     assert (report["train"], report["val"], report["test"], report["num_left_out_by_limit"]) == (6, 4, 4, 6)
     assert report["classes"][0]["train"] == 3 and len(splits["train"]) == 6
+
+
+@pytest.mark.parametrize("limit", [None, 1000, 13, 5, 3])
+def test_what_is_planned_is_what_is_made(limit: int | None, tmp_path: Path) -> None:
+    files = images(20, ("cat",)) | images(6, ("dog",), first=500) | images(4, ("eel",), first=900)
+    report, _ = made(tmp_path, files, limit=limit)
+    source = open_source(tmp_path / "raw")
+    planned = planned_classes(source, val=0.2, test=0.2, limit=limit)
+    for split in ("train", "val", "test"):
+        assert planned[split] == {row["name"]: row[split] for row in report["classes"]}
+    assert planned_counts(source, val=0.2, test=0.2, limit=limit) == {s: report[s] for s in ("train", "val", "test")}
+
+
+def test_a_limit_below_the_number_of_classes_is_refused_before_anything_is_decoded(tmp_path: Path) -> None:
+    source = open_source(write_folder(tmp_path / "raw", images(10, ("cat", "dog", "eel"))))
+    with pytest.raises(UserError, match=r"data\.limit: found 2, allowed: at least one image for each of the 3 classes"):
+        planned_counts(source, val=0.2, test=0.2, limit=2)
 
 
 def test_memory_is_bounded_by_the_shard_and_not_by_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ruamel.yaml import YAML
 
 from anneal.params import UserError
-from anneal.sources import Source, check_outs, open_source
+from anneal.sources import OUTS, Source, check_outs, open_source
 from tests.raw_data import WRITERS, png, write_folder, write_idx, write_mnist, write_tar, write_zip
 
 FILES = {
@@ -56,6 +58,24 @@ def test_unknown_folder_beside_splits_is_refused(tmp_path: Path) -> None:
     files = {f"{split}/cat/1.png": png(1) for split in ("train", "test", "validation")}
     with pytest.raises(UserError, match="'validation' stands beside test, train"):
         open_source(write_folder(tmp_path, files))
+
+
+@pytest.mark.parametrize(
+    ("tops", "words"),
+    [
+        (("Training", "Testing"), "rename Testing to test, Training to train"),
+        (("Train", "Test"), "rename Test to test, Train to train"),
+        (("TRAIN", "VAL"), "rename TRAIN to train, VAL to val"),
+        (("training", "validation", "eval"), "rename eval to val or test, training to train, validation to val"),
+        (("top/Train", "top/dev"), "rename Train to train, dev to val"),
+    ],
+)
+def test_splits_under_other_names_are_no_classes(tops: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    files = {f"{top}/{label}/1.png": png(1) for top in tops for label in ("cat", "dog")}
+    with pytest.raises(UserError, match=rf"data\.path: .*; {words}$"):
+        open_source(write_folder(tmp_path / "raw", files | {f"{tops[0]}/README.md": b"about"}))
+    shallow = open_source(write_folder(tmp_path / "shallow", {f"{top}/1.png": png(1) for top in ("Train", "Bus")}))
+    assert shallow.classes == ["Bus", "Train"]
 
 
 def test_a_class_may_be_named_like_a_split(tmp_path: Path) -> None:
@@ -146,6 +166,55 @@ def test_damaged_archives(tmp_path: Path) -> None:
     assert items["dog/b.png"].load() == b"b" * 5000
 
 
+MEMBER = 512 + 5120
+"""Bytes of a tar's member of 5,000 bytes: its header, and its content in whole blocks."""
+
+
+@pytest.mark.parametrize("ending", ["tar", "tar.gz"])
+@pytest.mark.parametrize("size", [12 * MEMBER, 12 * MEMBER + 100])
+def test_a_tar_cut_between_two_members_ends_too_soon(ending: str, size: int, tmp_path: Path) -> None:
+    files = {f"c{i % 2}/{i:02d}.png": os.urandom(5000) for i in range(20)}
+    whole = write_tar(tmp_path / "whole.tar", files).read_bytes()
+    path = tmp_path / f"images.{ending}"
+    pack = gzip.compress if ending == "tar.gz" else bytes
+    path.write_bytes(pack(whole[: 20 * MEMBER + 512]))  # a lone zero block: nothing is missing
+    assert len(open_source(path)) == 20
+    path.write_bytes(pack(whole[:size]))
+    with pytest.raises(UserError, match=r"images\.tar.* is damaged: .*ends too soon"):
+        open_source(path)
+
+
+def test_a_tar_with_a_header_that_is_none(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "images.tar", {f"c{i % 2}/{i:02d}.png": os.urandom(5000) for i in range(20)})
+    data = bytearray(path.read_bytes())
+    data[12 * MEMBER : 12 * MEMBER + 512] = b"x" * 512
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="is damaged"):
+        open_source(path)
+
+
+def opened(path: Path, format: str) -> str:
+    try:
+        return f"{len(open_source(path, format))} images"
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
+def test_every_damaged_byte_of_a_compressed_tar_is_a_users_error(mode: str, tmp_path: Path) -> None:
+    files = {f"c{i % 2}/{i}.png": os.urandom(300) for i in range(4)}
+    path = write_tar(tmp_path / f"images.tar.{mode}", files, f"w:{mode}")
+    data = path.read_bytes()
+    for place in [*range(0, len(data), 97), len(data) - 20, len(data) - 8, len(data) - 5]:
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0x55]) + data[place + 1 :])
+        for format in ("auto", "archive"):
+            found = opened(path, format)
+            assert found == "4 images" or "\n" not in found
+    path.write_bytes(data[:-8] + bytes(byte ^ 0x55 for byte in data[-8:]))  # the checksum, or what follows it
+    with pytest.raises(UserError, match=r"is damaged|is no data set"):
+        open_source(path)
+
+
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
 def test_table(ending: str, tmp_path: Path) -> None:
     import pyarrow as pa
@@ -179,12 +248,21 @@ def test_table(ending: str, tmp_path: Path) -> None:
         ("path,label,split\na.png,cat,vall\n", "row 2: split is 'vall', allowed: train, val, test; did you mean 'val'"),
         ("path,label,split\na.png,cat,val\nb.png,cat,\n", "1 rows have no split"),
         ("", "no column 'path'"),
+        ("path,label\n", r"t\.csv has no rows"),
     ],
 )
 def test_table_faults(text: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(UserError, match=reason):
         open_source(tmp_path / "t.csv")
+
+
+def test_a_path_with_a_null_byte_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    (tmp_path / "t.csv").write_bytes(b"path,label\na.png,cat\na\0b.png,dog\n")
+    source = open_source(tmp_path / "t.csv")
+    assert [item.name for item in source] == ["a.png"]
+    assert [(r.source, r.reason) for r in source.rejected] == [("a\\0b.png", "a null byte in the path")]
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
@@ -276,3 +354,16 @@ def test_data_may_not_overlap_an_out(tmp_path: Path) -> None:
     for path in ("data", "data/processed", "data/processed/raw"):
         with pytest.raises(UserError, match="overlaps"):
             check_outs(tmp_path / path, [tmp_path / "data" / "processed"])
+
+
+def test_data_may_not_overlap_an_out_of_any_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_outs("data/images")
+    check_outs("models.zip")
+    for path in ("data", "data/augmented", "models", "models/a", "reports/raw", "mlruns", "."):
+        with pytest.raises(UserError, match=r"overlaps .*, which the pipeline writes"):
+            check_outs(path)
+    stages = YAML(typ="safe").load((Path(__file__).resolve().parents[1] / "dvc.yaml").read_text("utf-8"))["stages"]
+    blocks = [block.get("do", block) for block in stages.values()]
+    written = [Path(out) for block in blocks for out in [*block.get("outs", []), *block.get("metrics", [])]]
+    assert written and all(any(out.is_relative_to(folder) for folder in OUTS) for out in written)

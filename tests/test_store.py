@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import errno
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +61,52 @@ def test_the_digest_covers_content_and_description(tmp_path: Path) -> None:
 def test_shards_are_memory_mapped(tmp_path: Path) -> None:
     write(tmp_path)
     assert isinstance(open_store(tmp_path).split("train").shards[0], np.memmap)
+
+
+def test_arrays_have_the_bytes_of_numpys_own_writer(tmp_path: Path) -> None:
+    write(tmp_path)
+    for name, array in (("train/images-00000", IMAGES[:8]), ("train/labels", LABELS[:8]), ("test/labels", LABELS[:0])):
+        np.save(tmp_path / "expected.npy", array)
+        assert (tmp_path / f"{name}.npy").read_bytes() == (tmp_path / "expected.npy").read_bytes()
+
+
+@contextmanager
+def limited_files(size: int) -> Iterator[None]:
+    """Let no file grow above ``size`` bytes: what a full disk does, half-way through a file, with another number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(("size", "limit"), [(10, 50_000), (1, 10_000), (1, 20_000)], ids=["shard", "labels", "table"])
+def test_a_write_that_fails_says_why(size: int, limit: int, tmp_path: Path) -> None:
+    writer = SplitWriter(tmp_path / "train", size, size, 1)
+    for i in range(2000):
+        writer.add(np.full((size, size, 1), i % 256, np.uint8), Sample(f"x/{i}.png", f"{i:064d}", i % 2, 40, 30))
+    with limited_files(limit), pytest.raises(OSError) as error:
+        writer.close()
+    assert error.value.errno == errno.EFBIG
+
+
+def test_statistics_that_cannot_be_written_say_why(tmp_path: Path) -> None:
+    arguments = {"classes": ["a"], "shape": (1, 1, 1), "counts": {}, "normalize": "zca"}
+    with limited_files(20_000), pytest.raises(OSError) as error:
+        finish(tmp_path, statistics={"matrix": np.zeros((100, 100)), "mean": np.zeros(3)}, **arguments)
+    assert error.value.errno == errno.EFBIG
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"classes": ["a"', b"\xff\xfe", b"[]", b"{}", b'{"classes": []}', b'{"new": 1}', b"null"]
+)
+def test_a_damaged_description_is_a_users_error(content: bytes, tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "dataset.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"dataset\.json is damaged: .*`dvc repro preprocess`") as error:
+        open_store(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_missing_store_and_split(tmp_path: Path) -> None:

@@ -542,6 +542,7 @@ def test_conflicts_are_all_reported_without_torch():
         schedule={"warmup": {"length": "900 epochs"}},
     )
     hardware = chosen.pop("hardware")
+    chosen = {name: chosen[name] for name in ("model", "schedule", "batch", "regularization", "trainer")}
     values = params.merge(
         params.read_yaml(Path(__file__).parents[1] / "params.yaml"), {"preprocess": {"normalize": "pca"}}
     )

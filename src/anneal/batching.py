@@ -91,9 +91,15 @@ class BatchPlan:
     def bounds(self, window: int) -> list[tuple[int, int]]:
         """Return where each microbatch of a window starts and ends in the epoch's order."""
         samples = self.window_samples(window)
-        parts = -(-samples // self.microbatch)
+        parts = _parts(samples, self.microbatch)
         edges = [window * self.size + samples * i // parts for i in range(parts + 1)]
         return list(itertools.pairwise(edges))
+
+
+def _parts(samples: int, microbatch: int) -> int:
+    """Return into how many microbatches a window is cut: no more than leave each two samples, where whole ones do."""
+    parts = -(-samples // microbatch)
+    return min(parts, max(1, samples // 2)) if microbatch > 1 else parts
 
 
 def plan(*, size: int, microbatch: int, devices: int, num_nodes: int, num_samples: int) -> BatchPlan:
@@ -140,7 +146,7 @@ def plan(*, size: int, microbatch: int, devices: int, num_nodes: int, num_sample
     windows, rest = divmod(num_samples, size)
     if rest == 1:
         rest = 0
-    last = -(-rest // microbatch)
+    last = _parts(rest, microbatch)
     return BatchPlan(
         size=size,
         microbatch=microbatch,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from anneal import params
-from anneal.params import UserError
+from anneal.params import ParamsError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,18 +81,22 @@ def _resolved(values: dict[str, Any], recipe: Any) -> list[tuple[str, str]]:
     """Return the derived values, after the checks that need the data or a library's signatures."""
     from anneal.batching import plan
     from anneal.conflicts import check_recipe
-    from anneal.preprocess import planned_counts
+    from anneal.preprocess import planned_classes
     from anneal.schedules import length_in_steps, scaled_rate
-    from anneal.sources import open_source
+    from anneal.sources import check_outs, open_source
 
     if not isinstance(recipe.augment.policy, str):
         from anneal.augment import check_policy
 
         check_policy(recipe.augment.policy)
+    check_outs(recipe.data.path)
     source = open_source(recipe.data.path, recipe.data.format)
-    counts = planned_counts(source, val=recipe.split.val, test=recipe.split.test, limit=recipe.data.limit)
+    planned = planned_classes(source, val=recipe.split.val, test=recipe.split.test, limit=recipe.data.limit)
+    counts = {split: sum(classes.values()) for split, classes in planned.items()}
     devices = recipe.hardware.devices if isinstance(recipe.hardware.devices, int) else 1
-    num_classes = len(source.classes)
+    num_train, num_classes = counts["train"], len(source.classes)
+    if recipe.augment.copies.balance:
+        num_train = num_classes * max(planned["train"].values())
     lines = [
         ("data", f"{recipe.data.path} ({source.format}): {_counted(counts)}; {num_classes} classes"),
         ("images", f"{recipe.preprocess.size} x {recipe.preprocess.size}, {recipe.preprocess.normalize}"),
@@ -100,14 +104,28 @@ def _resolved(values: dict[str, Any], recipe: Any) -> list[tuple[str, str]]:
     for name in recipe.ensemble.members:
         merged = params.member(values, name)
         sections = params.parse(merged, {key: type(getattr(recipe, key)) for key in _TRAINING})
-        check_recipe(**sections, preprocess=recipe.preprocess, num_train=counts["train"], hardware=recipe.hardware)
+        try:
+            check_recipe(
+                model=sections["model"],
+                schedule=sections["schedule"],
+                batch=sections["batch"],
+                regularization=sections["regularization"],
+                trainer=sections["trainer"],
+                preprocess=recipe.preprocess,
+                num_train=num_train,
+                hardware=recipe.hardware,
+            )
+        except ParamsError as error:
+            changed = tuple(f"{section}." for section in recipe.ensemble.members[name] or {})
+            prefix = f"ensemble.members.{name}."
+            raise ParamsError([prefix + f if f.startswith(changed) else f for f in error.faults]) from None
         batch, schedule = sections["batch"], sections["schedule"]
         batches = plan(
             size=batch.size,
             microbatch=batch.microbatch,
             devices=devices,
             num_nodes=recipe.hardware.num_nodes,
-            num_samples=counts["train"],
+            num_samples=num_train,
         )
         optimizer = sections["optimizer"]
         peak = scaled_rate(
@@ -188,7 +206,9 @@ def _summary(_: argparse.Namespace) -> None:
 
 
 def _prune(_: argparse.Namespace) -> None:
-    """Remove what `dvc.lock` records of former members; their bytes stay in DVC's cache."""
+    """Remove what `dvc.lock` records of former members; what DVC's cache does not hold in the same bytes stays."""
+    from anneal.tracking import dvc_hash
+
     members = params.load()["ensemble"]["members"]
     lock = Path("dvc.lock")
     recorded = params.read_yaml(lock).get("stages", {}) if lock.exists() else {}
@@ -197,12 +217,17 @@ def _prune(_: argparse.Namespace) -> None:
         return
     from dvc.utils.serialize import modify_yaml
 
-    for name in former:
-        for out in recorded[name].get("outs", []):
-            shutil.rmtree(out["path"], ignore_errors=True)
-            print(f"removed {out['path']}: ensemble.members no longer names it")
     with modify_yaml("dvc.lock") as values:
         for name in former:
+            for out in recorded[name].get("outs", []):
+                path, md5 = Path(out["path"]), out["md5"]
+                if not path.exists():
+                    continue
+                if dvc_hash(path) != md5 or not Path(".dvc/cache/files/md5", md5[:2], md5[2:]).exists():
+                    print(f"kept {path}: ensemble.members no longer names it, but DVC's cache does not hold it")
+                    continue
+                shutil.rmtree(path)
+                print(f"removed {path}: ensemble.members no longer names it; DVC's cache still has it")
             del values["stages"][name]
 
 
@@ -214,18 +239,20 @@ def _predict(options: argparse.Namespace) -> None:
 
     if options.top < 1:
         raise UserError(f"--top: found {options.top}, allowed: a whole number >= 1")
-    print_predictions(load_predictor(Path(".")), options.paths, csv=options.csv, top=options.top)
+    limit = params.load()["data"]["max_pixels"]
+    print_predictions(load_predictor(Path(".")), options.paths, csv=options.csv, top=options.top, max_pixels=limit)
 
 
 # ---- ui -------------------------------------------------------------------------------------------------------------
 
 
 def _ui(options: argparse.Namespace) -> None:
-    from anneal.tracking import ui_command
+    from anneal.tracking import ui_command, ui_page
 
     tracking = params.load()["tracking"]
     command, environment = ui_command(tracking["uri"], port=options.port)
-    print(f"MLflow: http://127.0.0.1:{options.port} (Ctrl-C stops it)", flush=True)
+    page = ui_page(tracking["uri"], tracking["experiment"], f"http://127.0.0.1:{options.port}")
+    print(f"MLflow starts (Ctrl-C stops it); open\n\n  {page}\n", flush=True)
     os.execvpe(command[0], command, {**os.environ, **environment})
 
 

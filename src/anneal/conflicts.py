@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from anneal.batching import BatchConfig, plan
-from anneal.models.config import InitConfig, ModelConfig, conflicts
-from anneal.optimizers import OptimizerConfig
+from anneal.models.config import ModelConfig, conflicts
 from anneal.params import ParamsError
 from anneal.preprocess import PreprocessConfig
 from anneal.schedules import ScheduleConfig, factor_arguments
-from anneal.training.config import AveragingConfig, HardwareConfig, LossConfig, RegularizationConfig, TrainerConfig
+from anneal.training.config import HardwareConfig, RegularizationConfig, TrainerConfig
 
 
 def check_recipe(
     *,
     model: ModelConfig,
-    init: InitConfig,  # noqa: ARG001
-    optimizer: OptimizerConfig,  # noqa: ARG001
     schedule: ScheduleConfig,
     batch: BatchConfig,
-    loss: LossConfig,  # noqa: ARG001
     regularization: RegularizationConfig,
-    averaging: AveragingConfig,  # noqa: ARG001
     trainer: TrainerConfig,
     preprocess: PreprocessConfig,
     num_train: int,
@@ -30,7 +25,7 @@ def check_recipe(
 
     Parameters
     ----------
-    model, init, optimizer, schedule, batch, loss, regularization, averaging, trainer
+    model, schedule, batch, regularization, trainer
         Sections of the member.
     preprocess
         Of the recipe: size of the images and normalisation.

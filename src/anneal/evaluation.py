@@ -427,8 +427,12 @@ def write_predictions(found: Evaluation, path: Path) -> None:
     probabilities = np.concatenate(list(found.exported.values()))
     columns |= {f"prob_{name}": probabilities[:, index] for index, name in enumerate(found.classes)}
     temporary = path.with_name(path.name + ".tmp")
-    pyarrow.parquet.write_table(pa.table(columns), temporary)
-    os.replace(temporary, path)
+    try:
+        pyarrow.parquet.write_table(pa.table(columns), temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def csv_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -7,7 +7,7 @@ import errno
 import json
 import sys
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -111,10 +111,23 @@ def load(path: Path | str = "params.yaml", schema: Path | str = "params.schema.j
         It can, and holds faults.
     """
     values = read_yaml(path)
-    faults = schema_faults(values, json.loads(Path(schema).read_text(encoding="utf-8")))
+    try:
+        rules = json.loads(Path(schema).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{schema}: missing or damaged; `make schema` writes it, git checkout {schema} too") from None
+    faults = schema_faults(values, rules) or member_faults(values, rules)
     if faults:
         raise ParamsError(faults, str(path))
     return values
+
+
+def member_faults(values: Mapping[str, Any], schema: Mapping[str, Any]) -> list[str]:
+    """Check each member's overrides, merged into the recipe, against the JSON schema."""
+    found: list[str] = []
+    for name in values["ensemble"]["members"]:
+        faults = schema_faults(member(values, name), schema)
+        found.extend(f"ensemble.members.{name}.{fault}" for fault in faults)
+    return found
 
 
 def parse(values: Mapping[str, Any], classes: Mapping[str, type[BaseModel]], prefix: str = "") -> dict[str, Any]:
@@ -229,11 +242,22 @@ def schema_faults(values: Any, schema: Mapping[str, Any]) -> list[str]:
     """Check values against a JSON schema and return one line a fault: key, found, allowed, nearest valid key."""
     import jsonschema
 
+    if unquoted := list(_keys_that_are_no_text(values)):
+        return [f"{key}: found a name that is no text, allowed: text; quote it" for key in unquoted]
     validator = jsonschema.Draft202012Validator(schema)
     faults: list[str] = []
     for error in sorted(validator.iter_errors(values), key=lambda e: [str(p) for p in e.absolute_path]):
         faults.extend(_schema_fault(error, schema))
     return faults
+
+
+def _keys_that_are_no_text(values: Any, path: tuple[Any, ...] = ()) -> Iterator[str]:
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            here = (*path, str(key))
+            if not isinstance(key, str):
+                yield _path(here)
+            yield from _keys_that_are_no_text(value, here)
 
 
 def _schema_fault(error: Any, root: Mapping[str, Any]) -> list[str]:
@@ -309,6 +333,8 @@ def allowed(schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
     limits = [f"{sign} {schema[key]:g}" for key, sign in bounds.items() if key in schema]
     if schema.get("type") == "object" and "properties" in schema:
         text = "a mapping with " + ", ".join(schema["properties"])
+    if schema.get("type") == "string" and schema.get("minLength"):
+        text = "text that is not empty"
     limits += [f"of at least {schema[key]}" for key in ("minItems", "minProperties") if key in schema]
     if "pattern" in schema:
         limits.append(f"matching {schema['pattern']}")
@@ -355,7 +381,7 @@ def excepthook(kind: type[BaseException], error: BaseException, trace: Traceback
         for line in str(error).splitlines() or ["failed"]:
             print(f"error: {line}", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
-        print("stopped by Ctrl-C", file=sys.stderr)
+        print("stopped", file=sys.stderr)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
         print(f"error: the disk is full{where}; free some space and run again", file=sys.stderr)

@@ -20,7 +20,16 @@ from anneal.sources import Rejected, Source
 from anneal.spooling import Record, Work, fill
 from anneal.store import Sample, SplitWriter, finish, open_split
 
-__all__ = ["PreprocessConfig", "SplitConfig", "as_channels", "build_store", "decode", "planned_counts", "resize"]
+__all__ = [
+    "PreprocessConfig",
+    "SplitConfig",
+    "as_channels",
+    "build_store",
+    "decode",
+    "planned_classes",
+    "planned_counts",
+    "resize",
+]
 
 Fit = Literal["crop", "pad", "stretch"]
 Interpolation = Literal["nearest", "area", "bilinear", "bicubic", "lanczos"]
@@ -248,21 +257,35 @@ def make_plan(
 
 
 def planned_counts(source: Source, *, val: float, test: float, limit: int | None = None) -> dict[str, int]:
-    """Return how many images each split would get if every file were usable and none a duplicate; decodes nothing.
+    """Return how many images each split would get: the sums of `planned_classes`, whose errors it raises."""
+    planned = planned_classes(source, val=val, test=test, limit=limit)
+    return {split: sum(classes.values()) for split, classes in planned.items()}
+
+
+def planned_classes(source: Source, *, val: float, test: float, limit: int | None = None) -> dict[str, dict[str, int]]:
+    """Return how many images of each class each split would get if every file were usable and none a duplicate.
+
+    Decodes nothing, but walks through the source, which may mean reading a compressed archive.
+
+    Returns
+    -------
+    dict
+        Split name, to class name (all of them, sorted), to number of images.
 
     Raises
     ------
     UserError
-        Nothing to train on, one class, or a class too small.
+        Nothing to train on, one class, a class too small, a limit below the number of classes.
     """
     _check_source(source)
     places = [(item.label, item.split) for item in source]
     labels, given = [label for label, _ in places], [split for _, split in places]
     splits = splitting.assign(labels, given, names=source.classes, seed=0, val=val, test=test)
-    counts = {split: splits.count(split) for split in splitting.SPLITS}
+    found = Counter(zip(splits, labels, strict=True))
+    planned = {split: {name: found[split, name] for name in source.classes} for split in splitting.SPLITS}
     if limit is not None:
-        counts["train"] = min(counts["train"], limit)
-    return counts
+        planned["train"] = splitting.limited(planned["train"], limit)
+    return planned
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

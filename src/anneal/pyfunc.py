@@ -20,10 +20,10 @@ class PyfuncPredictor(PythonModel):
 
         self.predictor = load_predictor(Path(context.artifacts["root"]))
 
-    def predict(
+    def predict(  # type: ignore[no-untyped-def]
         self,
         context: PythonModelContext,  # noqa: ARG002
-        model_input: npt.NDArray[np.uint8],
+        model_input,  # without a hint: MLflow warns of any that it cannot check
         params: dict[str, Any] | None = None,  # noqa: ARG002
     ) -> npt.NDArray[np.float64]:
         """Return class probabilities: images uint8 (N, H, W, C) to float64 (N, classes)."""

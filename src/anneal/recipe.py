@@ -102,7 +102,15 @@ def validate(values: Mapping[str, Any]) -> Recipe:
 
 
 def shipped(folder: Path | str = "recipes") -> dict[str, str]:
-    """Return the names of the recipes in a folder, each with its first comment line."""
+    """Return the names of the recipes in a folder, each with its first comment line.
+
+    Raises
+    ------
+    UserError
+        There is no such folder.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}/: no such folder; run from the folder that holds dvc.yaml")
     texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("*.yaml"))}
     return {name: text.splitlines()[0].removeprefix("#").strip() if text else "" for name, text in texts.items()}
 

@@ -241,7 +241,14 @@ def predictions_table(
             yield "  ".join([*labels, prediction.source])
 
 
-def print_predictions(predictor: Predictor, paths: Iterable[Path | str], *, csv: bool = False, top: int = 1) -> None:
+def print_predictions(
+    predictor: Predictor,
+    paths: Iterable[Path | str],
+    *,
+    csv: bool = False,
+    top: int = 1,
+    max_pixels: int = MAX_PIXELS,
+) -> None:
     """Predict files and print each as soon as its batch is done; what cannot be used goes to stderr, with the reason.
 
     Raises
@@ -253,7 +260,7 @@ def print_predictions(predictor: Predictor, paths: Iterable[Path | str], *, csv:
 
     def reported() -> Iterator[Prediction]:
         nonlocal count, failed
-        for prediction in predictor.predict_files(paths):
+        for prediction in predictor.predict_files(paths, max_pixels=max_pixels):
             count += 1
             if prediction.error is not None:
                 failed += 1

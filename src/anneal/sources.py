@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import lzma
 import math
 import os
 import re
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
-from typing import Annotated, BinaryIO, Literal, cast
+from typing import Annotated, BinaryIO, Literal, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,12 +29,28 @@ Format = Literal["auto", "folder", "archive", "idx", "cifar", "table"]
 Pixels = npt.NDArray[np.uint8]
 
 SPLITS = ("train", "val", "test")
+SPLIT_SYNONYMS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "eval": "val or test",
+    "test": "test",
+    "testing": "test",
+}
+"""Lower-case names that data sets give the folders of their splits, to ours."""
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
 NOT_DATA = ("Thumbs.db", "desktop.ini", "__MACOSX")
 TABLES = ("labels.csv", "labels.parquet")
 CHECKSUMS = "MD5SUMS"
 MAX_FILE_BYTES = 512 * 2**20
 BLOCK_BYTES = 4 * 2**20
+
+OUTS = tuple(map(Path, ("data/processed", "data/augmented", "models", "reports", "mlruns")))
+"""Folders that the pipeline writes to."""
 
 
 class DataConfig(Strict):
@@ -157,14 +174,12 @@ def open_source(path: Path | str, format: str = "auto") -> Source:
         tracked = Path(f"{path}.dvc")
         hint = f"; `dvc pull {tracked}` or `dvc update {tracked}` fetches it" if tracked.exists() else ""
         raise UserError(f"data.path: {path} does not exist{hint}")
-    kind = detect(path) if format == "auto" else format
-    if (kind in ("folder", "idx", "cifar")) != path.is_dir() and not (kind == "table" and path.is_dir()):
-        found = "a folder" if path.is_dir() else "a file"
-        raise UserError(f"data.format: {kind} does not fit {path}, which is {found}; auto finds out by itself")
     try:
-        source = READERS[kind](path)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"data.path: {path} is damaged: {error}") from None
+        source = _open(path, format)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system's: the content is not at fault
+        raise UserError(f"data.path: {path} is damaged: {' '.join(str(error).split())}") from None
     if not len(source) and not source.rejected:
         raise UserError(
             f"data.path: there are no images in {path}; expected <class>/<image> or <train|val|test>/<class>/<image>, "
@@ -173,7 +188,15 @@ def open_source(path: Path | str, format: str = "auto") -> Source:
     return source
 
 
-def check_outs(path: Path | str, outs: Iterable[Path]) -> None:
+def _open(path: Path, format: str) -> Source:
+    kind = detect(path) if format == "auto" else format
+    if (kind in ("folder", "idx", "cifar")) != path.is_dir() and not (kind == "table" and path.is_dir()):
+        found = "a folder" if path.is_dir() else "a file"
+        raise UserError(f"data.format: {kind} does not fit {path}, which is {found}; auto finds out by itself")
+    return READERS[kind](path)
+
+
+def check_outs(path: Path | str, outs: Iterable[Path] = OUTS) -> None:
     """Check that raw data hold nothing that the pipeline writes, or each run would change its own input.
 
     Raises
@@ -185,7 +208,7 @@ def check_outs(path: Path | str, outs: Iterable[Path]) -> None:
         inner, outer = out.resolve(), Path(path).resolve()
         if inner.is_relative_to(outer) or outer.is_relative_to(inner):
             raise UserError(
-                f"data.path: {path} overlaps {out}, which this stage writes; move the images to a folder of their own"
+                f"data.path: {path} overlaps {out}, which the pipeline writes; move the images to a folder of their own"
             )
 
 
@@ -348,10 +371,25 @@ def _read_zip_member(path: str, member: str) -> bytes:
         raise ValueError(f"cannot be read from the archive: {error}") from None
 
 
+class _TarInfo(tarfile.TarInfo):
+    """A header that must be one: tarfile takes a missing or damaged one for the end, and the rest would be lost."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        if len(buf) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("it ends too soon, without the end mark of a tar archive")
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if not any(buf):
+                raise  # the end mark
+            raise tarfile.ReadError(f"a member's header: {error}") from None
+
+
 def _list_tar(path: Path) -> Files:
     places: dict[str, tuple[int, int]] = {}
     folders, rejected = [], []
-    with tarfile.open(path) as archive:
+    with tarfile.open(path, tarinfo=_TarInfo) as archive:
         compressed = not _is_plain_tar(path)
         for member in archive:
             name = _member_name(member.name)
@@ -365,6 +403,10 @@ def _list_tar(path: Path) -> Files:
                 rejected.append(Rejected(name, "not a regular file"))
             else:
                 places[name] = (member.offset_data, member.size)
+        if compressed:
+            assert archive.fileobj is not None
+            while archive.fileobj.read(BLOCK_BYTES):
+                pass  # a checksum of the whole stands at its end
     names = sorted(places)
 
     def by_offset() -> Iterator[tuple[str, Callable[[], bytes]]]:
@@ -464,6 +506,7 @@ def _layout(files: Files, path: Path) -> tuple[tuple[str, ...], bool]:
             raise UserError(
                 f"data.path: {path}: {', '.join(sorted(tops))} holds no class folders, expected <class>/<image>"
             )
+        _check_synonyms(path, tops, below)
         return prefix, False
     strangers = sorted(tops - set(SPLITS))
     if strangers:
@@ -472,6 +515,14 @@ def _layout(files: Files, path: Path) -> tuple[tuple[str, ...], bool]:
             f"allowed: train, val, test{nearest(strangers[0], SPLITS)}"
         )
     return prefix, True
+
+
+def _check_synonyms(path: Path, tops: set[str], below: list[tuple[str, ...]]) -> None:
+    """Refuse splits under other names, which would become classes."""
+    ours = {top: SPLIT_SYNONYMS.get(top.lower()) for top in sorted(tops)}
+    if None not in ours.values() and "train" in ours.values() and any(len(parts) > 2 for parts in below):
+        renamed = ", ".join(f"{top} to {name}" for top, name in ours.items() if top != name)
+        raise UserError(f"data.path: {path}: {', '.join(ours)} hold class folders, like splits; rename {renamed}")
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -485,6 +536,8 @@ def _read_table(path: Path) -> Source:
             raise UserError(f"data.path: {path}: expected one table, {' or '.join(TABLES)}")
         path = found[0]
     rows = _parquet_rows(path) if path.suffix.lower() == ".parquet" else _csv_rows(path)
+    if not rows:
+        raise UserError(f"data.path: {path} has no rows; expected one an image below the line of column names")
     root = os.path.realpath(path.parent)
     items, rejected, unsplit, num_bytes = [], [], 0, 0
     for line, (file, label, split) in enumerate(rows, start=2):
@@ -492,6 +545,9 @@ def _read_table(path: Path) -> Source:
         if split and split not in SPLITS:
             raise UserError(f"{where}: split is {split!r}, allowed: train, val, test{nearest(split, SPLITS)}")
         unsplit += not split
+        if "\0" in file:
+            rejected.append(Rejected(file.replace("\0", r"\0"), "a null byte in the path"))
+            continue
         target = os.path.realpath(os.path.join(root, file))
         if not file or not label:
             rejected.append(Rejected(file or f"{path.name}, row {line}", "no label" if file else "no path"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from anneal import seeding
@@ -143,21 +143,35 @@ def choose(labels: Sequence[str], limit: int, *, seed: int) -> list[int]:
         The limit is below the number of classes.
     """
     classes = _by(labels)
-    if limit >= len(labels):
-        return list(range(len(labels)))
-    if limit < len(classes):
-        raise UserError(
-            f"data.limit: found {limit}, allowed: at least one image for each of the {len(classes)} classes"
-        )
-    exact = {name: limit * len(members) / len(labels) for name, members in classes.items()}
-    counts = {name: max(1, int(share)) for name, share in exact.items()}
-    while sum(counts.values()) > limit:
-        counts[max(counts, key=lambda name: counts[name])] -= 1
-    by_remainder = sorted(counts, key=lambda name: (counts[name] - exact[name], str(name)))
-    for name in by_remainder[: limit - sum(counts.values())]:
-        counts[name] += 1
+    counts = limited({str(name): len(members) for name, members in classes.items()}, limit)
     chosen = []
     for name, members in classes.items():
         order = seeding.generator(seed, "limit", str(name)).permutation(len(members))
-        chosen += [members[position] for position in order[: counts[name]]]
+        chosen += [members[position] for position in order[: counts[str(name)]]]
     return sorted(chosen)
+
+
+def limited(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
+    """Return how many images of each class `choose` takes, from how many there are.
+
+    Raises
+    ------
+    UserError
+        The limit is below the number of classes.
+
+    >>> limited({"cat": 6, "dog": 3}, 4)
+    {'cat': 3, 'dog': 1}
+    """
+    total = sum(sizes.values())
+    if limit >= total:
+        return dict(sizes)
+    if limit < len(sizes):
+        raise UserError(f"data.limit: found {limit}, allowed: at least one image for each of the {len(sizes)} classes")
+    exact = {name: limit * size / total for name, size in sizes.items()}
+    counts = {name: max(1, int(share)) for name, share in exact.items()}
+    while sum(counts.values()) > limit:
+        counts[max(counts, key=lambda name: counts[name])] -= 1
+    by_remainder = sorted(counts, key=lambda name: (counts[name] - exact[name], name))
+    for name in by_remainder[: limit - sum(counts.values())]:
+        counts[name] += 1
+    return counts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,14 +144,25 @@ def statistics_from(kind: str, sums: Sums, *, epsilon: float) -> dict[str, npt.N
 
 
 def _whitening(kind: str, covariance: Floats, epsilon: float) -> tuple[Floats, Floats]:
-    eigenvalues, vectors = np.linalg.eigh(covariance)
+    with _one_thread():
+        eigenvalues, vectors = np.linalg.eigh(covariance)
     eigenvalues = np.maximum(eigenvalues[::-1], 0)
     vectors = vectors[:, ::-1]
     # An eigenvector's sign is arbitrary: its largest entry is made positive, or LAPACK would decide.
     signs = np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(len(vectors))])
     vectors = vectors * np.where(signs == 0, 1, signs)
     matrix = (vectors / np.sqrt(eigenvalues + epsilon)).T
-    return np.ascontiguousarray(vectors @ matrix if kind == "zca" else matrix), np.ascontiguousarray(eigenvalues)
+    if kind == "zca":
+        with _one_thread():
+            matrix = vectors @ matrix
+    return np.ascontiguousarray(matrix), np.ascontiguousarray(eigenvalues)
+
+
+def _one_thread() -> AbstractContextManager[object]:
+    """Keep BLAS and LAPACK to one thread: how they share out a sum decides its last bits."""
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1, user_api="blas")
 
 
 def normalize(images: npt.NDArray[np.uint8], kind: str, statistics: dict[str, npt.NDArray[np.float64]]) -> Floats:
@@ -176,6 +188,7 @@ def normalize(images: npt.NDArray[np.uint8], kind: str, statistics: dict[str, np
         return values
     values -= statistics["mean"]
     if kind in WHITENING:
-        flat = values.reshape(len(values), -1) @ statistics["matrix"].T
+        with _one_thread():
+            flat = values.reshape(len(values), -1) @ statistics["matrix"].T
         return flat if kind == "pca" else flat.reshape(values.shape)
     return values / statistics["std"] if "std" in statistics else values

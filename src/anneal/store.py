@@ -173,14 +173,25 @@ def open_store(path: Path | str) -> Store:
     Raises
     ------
     UserError
-        There is no store at ``path``.
+        There is no store at ``path``, or its description is damaged.
     """
     path = Path(path)
     try:
-        values = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
+        return Store(path, DatasetInfo(**json.loads((path / "dataset.json").read_text(encoding="utf-8"))))
     except FileNotFoundError:
         raise UserError(f"{path}: no processed data here; run `dvc repro preprocess` first") from None
-    return Store(path, DatasetInfo(**values))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path / 'dataset.json'} is damaged: {error}; delete {path} and run `dvc repro preprocess`"
+        ) from None
+
+
+def save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write the bytes of `numpy.save`, whose own writing of a full disk raises an OSError without a number."""
+    array = np.ascontiguousarray(array)
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
 
 
 class SplitWriter:
@@ -206,7 +217,7 @@ class SplitWriter:
             self._flush()
 
     def _flush(self) -> None:
-        np.save(self.folder / f"images-{self.num_shards:05d}.npy", self.buffer[: self.filled])
+        save_array(self.folder / f"images-{self.num_shards:05d}.npy", self.buffer[: self.filled])
         self.num_shards += 1
         self.filled = 0
 
@@ -217,7 +228,7 @@ class SplitWriter:
 
         if self.filled or not self.num_shards:
             self._flush()
-        np.save(self.folder / "labels.npy", np.array([s.label for s in self.samples], np.int64))
+        save_array(self.folder / "labels.npy", np.array([s.label for s in self.samples], np.int64))
         schema = pa.schema(
             {
                 "source": pa.string(),
@@ -272,8 +283,12 @@ def write_text(path: Path | str, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

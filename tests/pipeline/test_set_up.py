@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -68,6 +69,8 @@ def test_readme_names_the_commands_that_exist() -> None:
         assert f"\n{target}:" in makefile
     for page in (ROOT / "docs").glob("*.md"):
         assert f"docs/{page.name}" in readme, f"README.md does not link docs/{page.name}"
+    for name in re.findall(r"\]\((docs/[a-z-]+\.md)\)", readme):
+        assert (ROOT / name).exists(), f"README.md links {name}, which does not exist"
 
 
 def test_the_lock_pins_everything() -> None:
@@ -107,3 +110,42 @@ def test_the_wheel_works_without_the_checkout(small: Clone, tmp_path: Path) -> N
         check=False,
     )
     assert done.stdout.strip() == "10", done.stderr
+
+
+def test_make_ui_serves_on_localhost_alone(small: Clone) -> None:
+    import socket
+    import urllib.request
+
+    with_venv(small)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "anneal.cli", "ui", "--port", str(port)],
+        cwd=small.path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        shown = "".join(process.stdout.readline() for _ in range(3))
+        assert f"http://127.0.0.1:{port}/#/experiments/" in shown
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+                    assert answer.status == 200
+                break
+            except OSError:
+                time.sleep(1)
+        else:
+            raise AssertionError("the page did not come up")
+        foreign = urllib.request.Request(f"http://127.0.0.1:{port}/", headers={"Host": "evil.example.org"})
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(foreign, timeout=10)
+        assert refused.value.code == 403
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait(30)

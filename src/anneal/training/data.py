@@ -176,7 +176,7 @@ class StoreDataModule(pl.LightningDataModule):
         """Return the loader of the validation split; every process runs over all of it, so all decide alike."""
         info = self.store.info
         per_image = info.height * info.width * info.channels * 4
-        size = max(1, min(1024, EVAL_BYTES // per_image, 4 * self.plan.microbatch))
+        size = max(1, min(1024, EVAL_BYTES // per_image))
         data = EvaluationDataset(self.store.split("val"), size)
         return DataLoader(data, batch_size=None, num_workers=0)
 

@@ -38,6 +38,8 @@ from anneal.training.progress import Progress
 QUIET = (
     # The loader decides by measurement how many workers pay.
     ".*does not have many workers.*",
+    # Every rank validates everything, so that there is nothing to bring together.
+    ".*sync_dist=True.*",
     # Lightning 2.6 asks torch in a way that torch has since deprecated.
     ".*isinstance\\(treespec, LeafSpec\\).*",
 )

@@ -81,7 +81,7 @@ class TrainingModule(pl.LightningModule):
         self.gradient_clip = gradient_clip
         self.figures: Figures = {}
         self.window = WindowNorms(classifier)
-        self.draws = any(isinstance(module, KeyedRandom) for module in classifier.modules())
+        self.draws = any(isinstance(module, KeyedRandom) and module.rate > 0 for module in classifier.modules())
         self.splits_windows = plan.size > plan.microbatch
         self.weights: list[nn.Parameter] = [p for p in classifier.parameters() if p.requires_grad]
         self.decayed = [p for p in self.weights if p.ndim > 1]
