@@ -29,7 +29,9 @@ class Clone:
         self, *command: str, check: bool = True, timeout: float = 500, **env: str
     ) -> subprocess.CompletedProcess[str]:
         """Run a command as a user would, with this environment's programs first on the PATH."""
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "DVC_", "PYTHONDONTWRITE"))}
+        environment = {
+            k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "DVC_", "OMP_", "PYTHONDONTWRITE"))
+        }
         environment |= {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "DVC_SITE_CACHE_DIR": str(self.path.parent / "dvc-site"),

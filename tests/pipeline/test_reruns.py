@@ -94,7 +94,11 @@ def test_each_key_touches_just_the_stages_that_list_it(small: Clone) -> None:
             }
             assert bool(expected) == (section not in UNTRACKED), key
             with Repo(str(small.path)) as repo:
-                changed = {name.split("@")[0] for name, why in repo.status().items() if "params.yaml" in str(why)}
+                changed = {
+                    name.rpartition(":")[2].split("@")[0]
+                    for name, why in repo.status().items()
+                    if "params.yaml" in str(why)
+                }
             assert changed == expected, key
             checked += 1
     finally:
