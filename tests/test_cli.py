@@ -41,9 +41,9 @@ def test_check_resolves_every_member(project: Path, capsys: pytest.CaptureFixtur
     assert cli.main(["check"]) == 0
     out = capsys.readouterr().out
     assert "data/digits.zip (archive): 1,259 train, 179 val, 359 test; 10 classes" in out
-    assert "seed 1; resnet; batch 32 = 32 x 1 device x 1 accumulated; 40 steps an epoch, 600 steps in all" in out
-    assert "seed 2; resnet; batch 64 = 32 x 1 device x 2 accumulated; 20 steps an epoch, 300 steps in all; AdamW" in out
-    assert "warm-up 30 steps, then cosine" in out
+    assert "seed 1; resnet; batch 32 = 32 x 1 device x 1 accumulated; 40 steps an epoch, 1,200 steps in all" in out
+    assert "seed 2; resnet; batch 64 = 32 x 1 device x 2 accumulated; 20 steps an epoch, 600 steps in all; AdamW" in out
+    assert "warm-up 60 steps, then cosine" in out
 
 
 def test_scaled_peak_rate(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

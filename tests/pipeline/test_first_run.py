@@ -50,7 +50,7 @@ def test_every_out_is_there(digits: Clone) -> None:
         "val_accuracy",
         "grad_norm",
     ]
-    assert len(rows) == 15
+    assert len(rows) == 30
 
 
 def test_git_stays_clean_but_for_the_lock(digits: Clone) -> None:

@@ -39,8 +39,8 @@ def test_learning_curves_are_whole(digits: Clone) -> None:
     for run in children(sqlite(digits.path), "train"):
         for metric in ("train/loss", "val/loss", "train/accuracy", "val/accuracy", "lr", "grad_norm"):
             history = client.get_metric_history(run.info.run_id, metric)
-            assert len(history) == 15, metric
-            assert len({point.step for point in history}) == 15, metric
+            assert len(history) == 30, metric
+            assert len({point.step for point in history}) == 30, metric
 
 
 def test_outs_are_tagged_with_the_hashes_of_dvc_lock(digits: Clone) -> None:
