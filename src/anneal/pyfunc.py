@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +10,24 @@ import numpy.typing as npt
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # MLflow warns of type hints that it cannot check, and of none
 
-    class PyfuncPredictor(PythonModel):
-        """An `anneal.serving` predictor over the logged files, which keep their places in the repository."""
+class PyfuncPredictor(PythonModel):
+    """An `anneal.serving` predictor over the logged files, which keep their places in the repository."""
 
-        def load_context(self, context: PythonModelContext) -> None:
-            """Load the predictor."""
-            from anneal.serving import load_predictor
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load the predictor."""
+        from anneal.serving import load_predictor
 
-            self.predictor = load_predictor(Path(context.artifacts["root"]))
+        self.predictor = load_predictor(Path(context.artifacts["root"]))
 
-        def predict(
-            self,
-            context: PythonModelContext,  # noqa: ARG002
-            model_input: npt.NDArray[np.uint8],
-            params: dict[str, Any] | None = None,  # noqa: ARG002
-        ) -> npt.NDArray[np.float64]:
-            """Return class probabilities: images uint8 (N, H, W, C) to float64 (N, classes)."""
-            return np.asarray(self.predictor.predict(np.asarray(model_input, np.uint8)))
+    def predict(
+        self,
+        context: PythonModelContext,  # noqa: ARG002
+        model_input: np.ndarray,  # MLflow warns of any closer hint
+        params: dict[str, Any] | None = None,  # noqa: ARG002
+    ) -> npt.NDArray[np.float64]:
+        """Return class probabilities: images uint8 (N, H, W, C) to float64 (N, classes)."""
+        return np.asarray(self.predictor.predict(np.asarray(model_input, np.uint8)))
 
 
 set_model(PyfuncPredictor())
