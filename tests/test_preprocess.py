@@ -19,7 +19,7 @@ from PIL import Image
 from anneal import splitting, statistics
 from anneal.decoding import RESAMPLING, as_channels, decode, resize
 from anneal.params import ParamsError, UserError, parse
-from anneal.preprocess import PreprocessConfig, SplitConfig, build_store, planned_classes, planned_counts
+from anneal.preprocess import PreprocessConfig, SplitConfig, build_store, planned_classes
 from anneal.reporting.preprocessing import draw_preprocessing
 from anneal.sources import open_source
 from anneal.store import open_store
@@ -35,6 +35,10 @@ ARGUMENTS = {
     "val": 0.2,
     "test": 0.2,
 }
+
+
+def planned_counts(source, **arguments) -> dict[str, int]:
+    return {split: sum(counts.values()) for split, counts in planned_classes(source, **arguments).items()}
 
 
 def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:

@@ -56,6 +56,12 @@ def test_only_members_are_replaced_as_a_whole(file: Path, tmp_path: Path) -> Non
     assert "-    a: {seed: 0}" in diff
 
 
+def test_damaged_params_are_said_in_one_line(file: Path) -> None:
+    file.write_text("a: [1\n", encoding="utf-8")
+    with pytest.raises(UserError, match="expected ',' or"):
+        recipe.apply("photos", file, ROOT / "recipes")
+
+
 def test_unknown_name_and_faulty_recipe_leave_params_alone(file: Path, tmp_path: Path) -> None:
     before = file.read_text(encoding="utf-8")
     with pytest.raises(UserError, match="did you mean 'digits'"):

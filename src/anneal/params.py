@@ -130,7 +130,7 @@ def member_faults(values: Mapping[str, Any], schema: Mapping[str, Any]) -> list[
     return found
 
 
-def parse(values: Mapping[str, Any], classes: Mapping[str, type[BaseModel]], prefix: str = "") -> dict[str, Any]:
+def parse(values: Mapping[str, Any], classes: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
     """Validate sections with their classes.
 
     Parameters
@@ -139,8 +139,6 @@ def parse(values: Mapping[str, Any], classes: Mapping[str, type[BaseModel]], pre
         Whole params, as `load` returns them.
     classes
         Section name to its class.
-    prefix
-        Put before each key path in faults.
 
     Returns
     -------
@@ -156,12 +154,12 @@ def parse(values: Mapping[str, Any], classes: Mapping[str, type[BaseModel]], pre
     sections: dict[str, Any] = {}
     for name, cls in classes.items():
         if name not in values:
-            faults.append(f"{prefix}{name}: missing; every section must be present (git checkout params.yaml has it)")
+            faults.append(f"{name}: missing; every section must be present (git checkout params.yaml has it)")
             continue
         try:
             sections[name] = cls.model_validate(values[name])
         except ValidationError as error:
-            faults.extend(pydantic_faults(error, cls, values[name], f"{prefix}{name}"))
+            faults.extend(pydantic_faults(error, cls, values[name], name))
     if faults:
         raise ParamsError(faults)
     return sections

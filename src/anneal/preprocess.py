@@ -27,7 +27,6 @@ __all__ = [
     "build_store",
     "decode",
     "planned_classes",
-    "planned_counts",
     "resize",
 ]
 
@@ -254,12 +253,6 @@ def make_plan(
         [[records[index] for index in group] for group in groups],
         len(train) - len(members["train"]),
     )
-
-
-def planned_counts(source: Source, *, val: float, test: float, limit: int | None = None) -> dict[str, int]:
-    """Return how many images each split would get: the sums of `planned_classes`, whose errors it raises."""
-    planned = planned_classes(source, val=val, test=test, limit=limit)
-    return {split: sum(classes.values()) for split, classes in planned.items()}
 
 
 def planned_classes(source: Source, *, val: float, test: float, limit: int | None = None) -> dict[str, dict[str, int]]:

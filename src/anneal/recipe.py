@@ -88,14 +88,13 @@ def validate(values: Mapping[str, Any]) -> Recipe:
     except ValidationError as error:
         raise ParamsError(pydantic_faults(error, Recipe, values, "")) from None
     faults: list[str] = []
-    for name, overrides in recipe.ensemble.members.items():
+    for name in recipe.ensemble.members:
         merged = member(values, name)
-        for section in overrides or {}:
-            try:
-                Recipe.model_validate({**values, section: merged[section]})
-            except ValidationError as error:
-                found = pydantic_faults(error, Recipe, {**values, section: merged[section]}, "")
-                faults.extend(f"ensemble.members.{name}.{fault}" for fault in found)
+        try:
+            Recipe.model_validate(merged)
+        except ValidationError as error:
+            found = pydantic_faults(error, Recipe, merged, "")
+            faults.extend(f"ensemble.members.{name}.{fault}" for fault in found)
     if faults:
         raise ParamsError(faults)
     return recipe
@@ -141,9 +140,9 @@ def apply(name: str, params: Path | str = "params.yaml", folder: Path | str = "r
     round_trip.representer.add_representer(
         type(None), lambda dump, _: dump.represent_scalar("tag:yaml.org,2002:null", "null")
     )
+    read_yaml(params)  # says in our words what is wrong with the file
     old = Path(params).read_text(encoding="utf-8")
     tree = round_trip.load(old)
-    read_yaml(params)
     path = Path(folder) / f"{name}.yaml"
     read_yaml(path)
     _assign(tree, round_trip.load(path.read_text(encoding="utf-8")))
