@@ -26,7 +26,7 @@ from albumentations.pytorch import ToTensorV2
 from torch.utils.data import DataLoader, Dataset
 
 from anneal.augment import compile_policy
-from anneal.batching import plan
+from anneal.batching import plan_run
 from anneal.models.normalization import Normalization
 from anneal.store import Sample, SplitWriter, finish, open_store
 from anneal.training.data import MicrobatchDataset, StoreDataModule
@@ -81,10 +81,10 @@ def write_store(folder: Path) -> None:
 def our_loader(folder: Path, policy: list[Any]) -> DataLoader[Any]:
     store = open_store(folder)
     data = MicrobatchDataset([store.split("train")], compile_policy(policy, height=SIDE, width=SIDE, channels=3), 0)
-    steps = plan(size=BATCH, microbatch=BATCH, devices=1, num_nodes=1, num_samples=IMAGES)
+    steps = plan_run(size=BATCH, microbatch=BATCH, devices=1, num_nodes=1, num_samples=IMAGES, epochs=1)
     module = StoreDataModule(store, data, steps, seed=0, num_workers=0)
     here = SimpleNamespace(root_device=torch.device("cpu"))
-    module.trainer = SimpleNamespace(global_rank=0, world_size=1, num_devices=1, strategy=here)  # type: ignore[assignment]
+    module.trainer = SimpleNamespace(global_rank=0, current_epoch=0, num_devices=1, strategy=here)  # type: ignore[assignment]
     return module.train_dataloader()
 
 

@@ -25,9 +25,8 @@ import torch.nn.functional as F
 from anneal import params, tracking
 from anneal.augment import compile_policy, policy_to_json
 from anneal.batching import MicrobatchSampler
-from anneal.optimizers import build_optimizer
+from anneal.optimizers.build import build_optimizer
 from anneal.recipe import Recipe
-from anneal.schedules import factor
 from anneal.store import Sample, SplitWriter, finish
 from anneal.training.fit import fit
 
@@ -66,9 +65,8 @@ class HandWritten:
     def __init__(self, module: Any, data_module: Any, label_smoothing: float) -> None:
         self.classifier = copy.deepcopy(module.classifier)
         self.optimizer = build_optimizer(self.classifier, **module.optimizer_arguments)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: factor(step, **module.schedule))
-        plan = module.plan
-        sampler = MicrobatchSampler(plan.num_samples, plan.size, plan.microbatch, seed=1)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: module.factor_at(step, ()))
+        sampler = MicrobatchSampler(module.plan, seed=1)
         self.train = torch.utils.data.DataLoader(
             data_module.train, batch_sampler=sampler, collate_fn=lambda batch: batch, num_workers=0
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 from anneal import params, tracking
 from anneal.batching import BatchConfig
 from anneal.models.config import InitConfig, ModelConfig
-from anneal.optimizers import OptimizerConfig
+from anneal.optimizers.config import OptimizerConfig
 from anneal.params import Strict
 from anneal.schedules import ScheduleConfig
 from anneal.training.config import (

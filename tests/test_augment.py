@@ -280,14 +280,16 @@ def test_draws_belong_to_seed_epoch_and_microbatch() -> None:
 def test_batches_do_not_depend_on_loader_processes(tmp_path: Path) -> None:
     from torch.utils.data import DataLoader
 
-    from anneal.batching import MicrobatchSampler
+    from anneal.batching import MicrobatchSampler, plan_run
     from anneal.training.data import MicrobatchDataset
 
     split = write_split(tmp_path / "train", [0, 1] * 20, (8, 8, 3))
     compose = compile_policy("strong", height=8, width=8, channels=3)
     epochs: dict[int, list[bytes]] = {}
     for workers in (0, 2):
-        sampler = MicrobatchSampler(len(split), 8, 8, 0)
+        sampler = MicrobatchSampler(
+            plan_run(size=8, microbatch=8, devices=1, num_nodes=1, num_samples=len(split), epochs=1), 0
+        )
         loader = DataLoader(
             MicrobatchDataset([split], compose, 0),
             batch_sampler=sampler,  # type: ignore[arg-type]

@@ -3,8 +3,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anneal.batching import BatchConfig, MicrobatchSampler, devices_that_divide, epoch_order, plan
+from anneal.batching import BatchConfig, MicrobatchSampler, devices_that_divide, epoch_order, plan, plan_run
 from anneal.params import ParamsError, parse
+
+
+def run_plan(size, microbatch, world_size, num_samples):
+    return plan_run(
+        size=size, microbatch=microbatch, devices=world_size, num_nodes=1, num_samples=num_samples, epochs=1
+    )
 
 
 def test_plan_counts():
@@ -69,11 +75,11 @@ def test_every_sample_once_whatever_the_processes(microbatch, accumulation, worl
     p = plan(size=size, microbatch=microbatch, devices=world_size, num_nodes=1, num_samples=num_samples)
     by_rank = []
     for rank in range(world_size):
-        sampler = MicrobatchSampler(num_samples, size, microbatch, 7, rank=rank, world_size=world_size)
+        sampler = MicrobatchSampler(run_plan(size, microbatch, world_size, num_samples), 7, rank)
         sampler.set_epoch(epoch)
         by_rank.append(list(sampler))
         assert len(by_rank[-1]) == len(sampler) == p.rounds_per_epoch
-    alone = MicrobatchSampler(num_samples, size, microbatch, 7)
+    alone = MicrobatchSampler(run_plan(size, microbatch, 1, num_samples), 7)
     alone.set_epoch(epoch)
     expected = {key: indices for key, *indices in alone}
     rounds = [keyed for of_round in zip(*by_rank, strict=True) for keyed in of_round]
@@ -96,7 +102,7 @@ def test_every_sample_once_whatever_the_processes(microbatch, accumulation, worl
 
 
 def test_padding_keeps_processes_in_step_in_the_last_window():
-    sampler = MicrobatchSampler(70, 64, 16, 0, rank=3, world_size=4)
+    sampler = MicrobatchSampler(run_plan(64, 16, 4, 70), 0, rank=3)
     (epoch, microbatch), *indices = list(sampler)[-1]
-    assert microbatch >= sampler.plan.microbatches_per_epoch
+    assert microbatch >= sampler.run[0].microbatches_per_epoch
     assert indices == np.array(epoch_order(70, 0, epoch)[64:]).tolist()

@@ -63,7 +63,7 @@ def test_a_fault_of_a_member_names_it(project: Path) -> None:
     edit(project, "    b: {seed: 1}", "    b: {seed: 1, batch: {size: 4096}}")
     assert "params.yaml: ensemble.members.b.batch.size: found 4096" in run(project, "check").stderr
     edit(project, "    b: {seed: 1, batch: {size: 4096}}", "    b: {optimizer: {name: AdamX}}")
-    fault = 'params.yaml: ensemble.members.b.optimizer.name: found "AdamX", allowed: SGD | Adam | AdamW'
+    fault = 'params.yaml: ensemble.members.b.optimizer.name: found "AdamX", allowed: SGD | Adagrad | '
     assert fault in run(project, "check").stderr
     edit(project, "    b: {optimizer", "    1: {optimizer")
     assert "ensemble.members.1: found a name that is no text" in run(project, "check").stderr

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from anneal.models.build import build_network
-from anneal.optimizers import build_optimizer, parameter_groups
+from anneal.optimizers.build import build_optimizer, parameter_groups
 from anneal.params import UserError
 
 Array = np.ndarray

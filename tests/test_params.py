@@ -7,14 +7,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from anneal import params, recipe
+from anneal.optimizers.config import OptimizerConfig
 from anneal.params import ParamsError, UserError
+from anneal.schedules import ScheduleConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+OPTIMIZERS = " | ".join(get_args(OptimizerConfig.model_fields["name"].annotation))
+SCHEDULES = " | ".join(get_args(ScheduleConfig.model_fields["name"].annotation))
 
 
 @pytest.fixture
@@ -68,8 +72,14 @@ def test_every_key_has_a_comment() -> None:
     [
         ("optimzer", {}, "optimzer: unknown key; did you mean 'optimizer'?"),
         ("optimizer.SGD.momentun", 0.9, "optimizer.SGD.momentun: unknown key; did you mean 'momentum'?"),
-        ("optimizer.name", "SDG", "optimizer.name: found \"SDG\", allowed: SGD | Adam | AdamW; did you mean 'SGD'?"),
-        ("optimizer.SGD.lr", "fast", 'optimizer.SGD.lr: found "fast", allowed: a number > 0'),
+        ("loss.name", "cross", 'loss.name: found "cross", allowed: cross_entropy'),
+        ("schedule.name", "cosinus", f"schedule.name: found \"cosinus\", allowed: {SCHEDULES}; did you mean 'cosine'?"),
+        ("optimizer.name", "SDG", f"optimizer.name: found \"SDG\", allowed: {OPTIMIZERS}; did you mean 'SGD'?"),
+        (
+            "optimizer.SGD.lr",
+            "fast",
+            'optimizer.SGD.lr: found "fast", allowed: a number > 0 | auto (found by a range test before training)',
+        ),
         ("optimizer.SGD.lr", float("nan"), "optimizer.SGD.lr: found NaN, allowed: a finite number"),
         ("optimizer.SGD.lr", float("inf"), "optimizer.SGD.lr: found Infinity, allowed: a finite number"),
         ("batch.size", 0, "batch.size: found 0, allowed: a whole number >= 1"),

@@ -52,7 +52,13 @@ def test_only_members_are_replaced_as_a_whole(file: Path, tmp_path: Path) -> Non
     diff = recipe.apply("one", file, tmp_path)
     values = params.read_yaml(file)
     assert values["ensemble"]["members"] == {"z": {"seed": 9}}
-    assert values["optimizer"]["SGD"] == {"lr": 0.3, "momentum": 0.9, "nesterov": True, "weight_decay": 5.0e-4}
+    assert values["optimizer"]["SGD"] == {
+        "lr": 0.3,
+        "momentum": 0.9,
+        "dampening": 0.0,
+        "nesterov": True,
+        "weight_decay": 5.0e-4,
+    }
     assert "-    a: {seed: 0}" in diff
 
 

@@ -23,7 +23,7 @@ from anneal.conflicts import check_recipe
 from anneal.models.build import build_classifier, load_classifier
 from anneal.models.config import InitConfig, ModelConfig
 from anneal.models.initialization import initialize
-from anneal.optimizers import OptimizerConfig
+from anneal.optimizers.config import OptimizerConfig
 from anneal.params import ParamsError, UserError
 from anneal.preprocess import PreprocessConfig
 from anneal.schedules import ScheduleConfig
@@ -37,15 +37,11 @@ from anneal.training.config import (
     TrainerConfig,
 )
 from anneal.training.data import MicrobatchDataset, training_set, workers_that_pay
-from anneal.training.fit import (
-    balanced_weights,
-    check_precision,
-    cpu_has_bfloat16,
-    fit,
-    resolve_devices,
-)
+from anneal.training.fit import fit
+from anneal.training.machine import check_precision, cpu_has_bfloat16, resolve_devices
 from anneal.training.module import WindowNorms
 from anneal.training.progress import Progress
+from anneal.training.setup import balanced_weights
 
 SIDE, CLASSES = 6, ["a", "b", "c"]
 SECTIONS = {
@@ -500,12 +496,12 @@ class Terminal:
 
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_progress_within_an_epoch(inputs, tmp_path, is_terminal):
-    from anneal.batching import plan
+    from anneal.batching import plan_run
 
     seconds = iter(range(0, 10000, 10))
     stream = Terminal(is_terminal)
-    batches = plan(size=64, microbatch=64, devices=1, num_nodes=1, num_samples=150)
-    shown = Progress("m", batches, 2, stream, clock=lambda: float(next(seconds)))
+    batches = plan_run(size=64, microbatch=64, devices=1, num_nodes=1, num_samples=150, epochs=2)
+    shown = Progress("m", batches, stream, clock=lambda: float(next(seconds)))
     train(inputs, tmp_path / "a", callbacks=(shown,))
     wanted = r"m: epoch 2/2.*step 1/3  loss \d\.\d{3}  accuracy \d\.\d{3}  \d+ images/s  \d:\d\d left"
     assert re.search(wanted, stream.text), stream.text

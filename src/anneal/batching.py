@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -11,10 +12,18 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from anneal.params import ParamsError, Strict
+from anneal.schedules import LengthField
 from anneal.seeding import generator
 
 Key = tuple[int, int]
 """(epoch, microbatch): what all randomness of a microbatch is drawn from, whichever process computes it."""
+
+
+class GrowthConfig(Strict):
+    """``batch.growth``: multiply the batch by ``factor`` at each point of ``at`` (Smith et al. 2018); an empty list is off."""
+
+    at: list[LengthField]
+    factor: Annotated[int, Field(ge=2)]
 
 
 class BatchConfig(Strict):
@@ -24,6 +33,8 @@ class BatchConfig(Strict):
     microbatch: Annotated[int, Field(ge=1)]
     lr_scaling: Literal["none", "linear", "sqrt"]
     reference_size: Annotated[int, Field(ge=1)]
+    growth: GrowthConfig
+    noise_microbatches: Annotated[int, Field(ge=8)] | Annotated[Literal[0], Field(json_schema_extra={"allowed": "0"})]
 
     @model_validator(mode="after")
     def _whole_accumulation(self) -> BatchConfig:
@@ -159,6 +170,117 @@ def plan(*, size: int, microbatch: int, devices: int, num_nodes: int, num_sample
     )
 
 
+@dataclass(frozen=True)
+class RunPlan:
+    """The plans of all epochs of a run; they differ where the batch grows.
+
+    Parameters
+    ----------
+    epochs
+        One plan an epoch, at least one.
+    """
+
+    epochs: tuple[BatchPlan, ...]
+
+    def __getitem__(self, epoch: int) -> BatchPlan:
+        """Return the plan of an epoch, counted from 0; past the end that of the last."""
+        return self.epochs[min(epoch, len(self.epochs) - 1)]
+
+    def __len__(self) -> int:
+        return len(self.epochs)
+
+    @property
+    def grows(self) -> bool:
+        """Whether the batch has several sizes in the run."""
+        return self.epochs[0] != self.epochs[-1]
+
+    @property
+    def world_size(self) -> int:
+        """Processes that share a window."""
+        return self.epochs[0].world_size
+
+    @property
+    def epoch_steps(self) -> list[int]:
+        """Optimizer steps of each epoch."""
+        return [plan.steps_per_epoch for plan in self.epochs]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return sum(self.epoch_steps)
+
+
+def plan_run(
+    *,
+    size: int,
+    microbatch: int,
+    devices: int,
+    num_nodes: int,
+    num_samples: int,
+    epochs: int,
+    growth_at: Sequence[float | str] = (),
+    growth_factor: int = 2,
+) -> RunPlan:
+    """Work out the plans of all epochs.
+
+    Parameters
+    ----------
+    size, microbatch, devices, num_nodes, num_samples
+        As for `plan`; ``size`` is that of the first epoch.
+    epochs
+        Of the run.
+    growth_at
+        Points of the run from which on ``size`` is multiplied by ``growth_factor`` (once more at each): fractions of
+        ``epochs`` rounded to whole epochs, or ``"5 epochs"``.
+    growth_factor
+        At least 2.
+
+    Raises
+    ------
+    ParamsError
+        As for `plan`; or a batch grows between the steps of an epoch, or beyond the training split.
+
+    Examples
+    --------
+    >>> run = plan_run(size=8, microbatch=8, devices=1, num_nodes=1, num_samples=32, epochs=4, growth_at=[0.5])
+    >>> run.epoch_steps, run[3].accumulation
+    ([4, 4, 2, 2], 2)
+    """
+    starts = [_whole_epochs(point, epochs) for point in growth_at]
+    plans: dict[int, BatchPlan] = {}
+    for grown in range(len(starts) + 1):
+        try:
+            plans[grown] = plan(
+                size=size * growth_factor**grown,
+                microbatch=microbatch,
+                devices=devices,
+                num_nodes=num_nodes,
+                num_samples=num_samples,
+            )
+        except ParamsError:
+            if not grown:
+                raise
+            raise ParamsError(
+                [
+                    f"batch.growth: found {len(starts)} times x {growth_factor}, which makes {size} into "
+                    f"{size * growth_factor**grown}, but the training split has {num_samples} images; allowed: "
+                    f"at most {grown - 1} times"
+                ]
+            ) from None
+    return RunPlan(tuple(plans[sum(start <= epoch for start in starts)] for epoch in range(epochs)))
+
+
+def _whole_epochs(point: float | str, epochs: int) -> int:
+    if isinstance(point, str):
+        number, unit = point.split()
+        if not unit.startswith("epoch") or not float(number).is_integer():
+            raise ParamsError(
+                [f"batch.growth.at: found {point!r}, allowed: a fraction of the run from 0 to 1 | N epochs, N whole"]
+            )
+        return int(float(number))
+    return math.floor(point * epochs + 0.5)
+
+
 def devices_that_divide(available: int, *, size: int, microbatch: int, num_nodes: int = 1) -> int:
     """Return the largest number of devices, at most ``available``, over which a batch divides; at least 1.
 
@@ -183,18 +305,16 @@ class MicrobatchSampler:
 
     Parameters
     ----------
-    num_samples, size, microbatch
-        See `plan`.
+    run
+        The plans of all epochs.
     seed
         Of the order, which is new in every epoch.
-    rank, world_size
-        This process and the number of processes.
+    rank
+        Of this process, below the plans' ``world_size``.
     """
 
-    def __init__(
-        self, num_samples: int, size: int, microbatch: int, seed: int, rank: int = 0, world_size: int = 1
-    ) -> None:
-        self.plan = plan(size=size, microbatch=microbatch, devices=world_size, num_nodes=1, num_samples=num_samples)
+    def __init__(self, run: RunPlan, seed: int, rank: int = 0) -> None:
+        self.run = run
         self.seed = seed
         self.rank = rank
         self.epoch = 0
@@ -209,10 +329,10 @@ class MicrobatchSampler:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.plan.rounds_per_epoch
+        return self.run[self.epoch].rounds_per_epoch
 
     def __iter__(self) -> Iterator[list[Key | int]]:
-        epoch, plan = self.epoch, self.plan
+        epoch, plan = self.epoch, self.run[self.epoch]
         order = epoch_order(plan.num_samples, self.seed, epoch)
         per_window = plan.size // plan.microbatch
         for window in range(plan.steps_per_epoch):

@@ -79,7 +79,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _resolved(values: dict[str, Any], recipe: Any) -> list[tuple[str, str]]:
     """Return the derived values, after the checks that need the data or a library's signatures."""
-    from anneal.batching import plan
+    from anneal.batching import plan_run
     from anneal.conflicts import check_recipe
     from anneal.preprocess import planned_classes
     from anneal.schedules import length_in_steps, scaled_rate
@@ -120,28 +120,29 @@ def _resolved(values: dict[str, Any], recipe: Any) -> list[tuple[str, str]]:
             prefix = f"ensemble.members.{name}."
             raise ParamsError([prefix + f if f.startswith(changed) else f for f in error.faults]) from None
         batch, schedule = sections["batch"], sections["schedule"]
-        batches = plan(
+        run = plan_run(
             size=batch.size,
             microbatch=batch.microbatch,
             devices=devices,
             num_nodes=recipe.hardware.num_nodes,
             num_samples=num_train,
+            epochs=sections["trainer"].epochs,
+            growth_at=batch.growth.at,
+            growth_factor=batch.growth.factor,
         )
         optimizer = sections["optimizer"]
-        peak = scaled_rate(
-            getattr(optimizer, optimizer.name).lr,
-            size=batch.size,
-            reference_size=batch.reference_size,
-            scaling=batch.lr_scaling,
-        )
-        total = batches.steps_per_epoch * sections["trainer"].epochs
-        warmup = length_in_steps(schedule.warmup.length, total_steps=total, steps_per_epoch=batches.steps_per_epoch)
+        rate = optimizer.arguments["lr"]
+        if rate != "auto":
+            scaling = {"scaling": batch.lr_scaling, "size": batch.size, "reference_size": batch.reference_size}
+            rate = f"{scaled_rate(rate, **scaling):g}"
+        total = run.total_steps
+        warmup = length_in_steps(schedule.warmup.length, total_steps=total, steps_per_epoch=run.epoch_steps)
         lines.append(
             (
                 f"member {name}",
                 f"seed {merged['seed']}; {sections['model'].name}; batch {batch.size} = {batch.microbatch} x {devices} "
-                f"device{'s' * (devices > 1)} x {batches.accumulation} accumulated; {batches.steps_per_epoch:,} steps an epoch, "
-                f"{total:,} steps in all; {optimizer.name}, peak rate {peak:g}, warm-up {warmup} steps, then {schedule.name}",
+                f"device{'s' * (devices > 1)} x {run[0].accumulation} accumulated; {run[0].steps_per_epoch:,} steps an epoch, "
+                f"{total:,} steps in all; {optimizer.name}, peak rate {rate}, warm-up {warmup} steps, then {schedule.name}",
             )
         )
     return lines

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anneal.batching import BatchConfig, plan
+from anneal.batching import BatchConfig, plan_run
 from anneal.models.config import ModelConfig, conflicts
 from anneal.params import ParamsError
 from anneal.preprocess import PreprocessConfig
@@ -52,15 +52,21 @@ def check_recipe(
     devices = hardware.devices if hardware is not None and isinstance(hardware.devices, int) else 1
     num_nodes = hardware.num_nodes if hardware is not None else 1
     try:
-        batches = plan(
-            size=batch.size, microbatch=batch.microbatch, devices=devices, num_nodes=num_nodes, num_samples=num_train
+        run = plan_run(
+            size=batch.size,
+            microbatch=batch.microbatch,
+            devices=devices,
+            num_nodes=num_nodes,
+            num_samples=num_train,
+            epochs=trainer.epochs,
+            growth_at=batch.growth.at,
+            growth_factor=batch.growth.factor,
         )
     except ParamsError as error:
         faults.extend(error.faults)
     else:
-        total = batches.steps_per_epoch * trainer.epochs
         try:
-            factor_arguments(schedule.model_dump(), total_steps=total, steps_per_epoch=batches.steps_per_epoch)
+            factor_arguments(schedule.model_dump(), total_steps=run.total_steps, steps_per_epoch=run.epoch_steps)
         except ValueError as error:
             faults.append(str(error))
     if faults:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import json
+import math
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -243,7 +244,7 @@ def schema_faults(values: Any, schema: Mapping[str, Any]) -> list[str]:
     if unquoted := list(_keys_that_are_no_text(values)):
         return [f"{key}: found a name that is no text, allowed: text; quote it" for key in unquoted]
     validator = jsonschema.Draft202012Validator(schema)
-    faults: list[str] = []
+    faults = [f"{key}: found {_shown(value)}, allowed: a finite number" for key, value in _not_finite(values)]
     for error in sorted(validator.iter_errors(values), key=lambda e: [str(p) for p in e.absolute_path]):
         faults.extend(_schema_fault(error, schema))
     return faults
@@ -256,6 +257,14 @@ def _keys_that_are_no_text(values: Any, path: tuple[Any, ...] = ()) -> Iterator[
             if not isinstance(key, str):
                 yield _path(here)
             yield from _keys_that_are_no_text(value, here)
+
+
+def _not_finite(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[str, float]]:
+    if isinstance(values, float) and not math.isfinite(values):
+        yield _path(path), values
+    elif isinstance(values, Mapping | list):
+        for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+            yield from _not_finite(value, (*path, key))
 
 
 def _schema_fault(error: Any, root: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from anneal.batching import BatchConfig
 from anneal.ensemble import EnsembleConfig
 from anneal.evaluation import EvaluateConfig
 from anneal.models.config import InitConfig, ModelConfig
-from anneal.optimizers import OptimizerConfig
+from anneal.optimizers.config import OptimizerConfig
 from anneal.params import ParamsError, Strict, UserError, member, nearest, pydantic_faults, read_yaml
 from anneal.preprocess import PreprocessConfig, SplitConfig
 from anneal.schedules import ScheduleConfig

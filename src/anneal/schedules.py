@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from anneal.params import Strict, UserError
 
@@ -18,29 +18,138 @@ Length = Annotated[float, Field(ge=0, le=1)] | Annotated[str, Field(pattern=LENG
 LengthField = Annotated[
     Length, Field(json_schema_extra={"allowed": "a fraction of the run from 0 to 1 | N epochs | N steps"})
 ]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Gamma = Annotated[float, Field(gt=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class WarmupConfig(Strict):
-    """``schedule.warmup``: linear rise from ``start`` times the peak rate."""
+    """``schedule.warmup``: a rise from ``start`` times the curve's first value to that value."""
 
     length: LengthField
-    start: Annotated[float, Field(ge=0, le=1)]
+    start: Fraction
+    shape: Literal["linear", "exponential"]
+
+    @model_validator(mode="after")
+    def _exponential_needs_a_start(self) -> WarmupConfig:
+        if self.shape == "exponential" and self.start == 0:
+            raise ValueError("start: found 0 with shape exponential, allowed: a number > 0, e.g. 0.01")
+        return self
 
 
 class StepConfig(Strict):
     """``schedule.step``: multiply by ``gamma`` every ``every``."""
 
     every: LengthField
-    gamma: Annotated[float, Field(gt=0, le=1)]
+    gamma: Gamma
+
+
+class MultistepConfig(Strict):
+    """``schedule.multistep``: multiply by ``gamma`` at each of ``milestones``, counted from the start of the run."""
+
+    milestones: Annotated[list[LengthField], Field(min_length=1)]
+    gamma: Gamma
+
+
+class ExponentialConfig(Strict):
+    """``schedule.exponential``: fall steadily, by ``gamma`` in each ``every``."""
+
+    every: LengthField
+    gamma: Gamma
+
+
+class InverseTimeConfig(Strict):
+    """``schedule.inverse_time``: 1 / (1 + t / ``timescale``)."""
+
+    timescale: LengthField
+
+
+class InverseSqrtConfig(Strict):
+    """``schedule.inverse_sqrt``: 1 / sqrt(1 + t / ``timescale``)."""
+
+    timescale: LengthField
+
+
+class PolynomialConfig(Strict):
+    """``schedule.polynomial``: (1 - t) to the power of ``power``."""
+
+    power: Annotated[float, Field(gt=0)]
+
+
+class CosineRestartsConfig(Strict):
+    """``schedule.cosine_restarts``: a cosine in each cycle; each is ``multiplier`` times as long, its peak ``decay`` times as high."""
+
+    cycle: LengthField
+    multiplier: Annotated[float, Field(ge=1)]
+    decay: Gamma
+
+
+class OneCycleConfig(Strict):
+    """``schedule.one_cycle``: rise from ``start`` in the first ``rise`` of the run, then fall to ``end``; momentum goes against it."""
+
+    rise: Annotated[float, Field(gt=0, lt=1)]
+    start: Fraction
+    end: Fraction
+    shape: Literal["cosine", "linear"]
+    momentum: Annotated[list[Momentum], Field(min_length=2, max_length=2)] | None
+
+
+class CyclicConfig(Strict):
+    """``schedule.cyclic``: a triangle from ``low`` to the peak and back in each ``cycle``."""
+
+    cycle: LengthField
+    low: Fraction
+    decay: Gamma
+
+
+class TrapezoidConfig(Strict):
+    """``schedule.trapezoid``: stay at the peak, and fall to 0 in the last ``decay`` of the run."""
+
+    decay: LengthField
+    shape: Literal["linear", "cosine", "sqrt"]
+
+
+class PlateauConfig(Strict):
+    """``schedule.plateau``: multiply by ``gamma`` when the validation loss has not fallen for ``patience`` epochs."""
+
+    patience: Annotated[int, Field(ge=1)]
+    cooldown: Annotated[int, Field(ge=0)]
+    gamma: Annotated[float, Field(gt=0, lt=1)]
+    min_delta: Annotated[float, Field(ge=0)]
 
 
 class ScheduleConfig(Strict):
     """Section ``schedule``: the curve after the warm-up, never below ``floor`` times the peak rate."""
 
-    name: Literal["constant", "step", "cosine"]
+    name: Literal[
+        "constant",
+        "step",
+        "multistep",
+        "exponential",
+        "inverse_time",
+        "inverse_sqrt",
+        "linear",
+        "polynomial",
+        "cosine",
+        "cosine_restarts",
+        "one_cycle",
+        "cyclic",
+        "trapezoid",
+        "plateau",
+    ]
     warmup: WarmupConfig
-    floor: Annotated[float, Field(ge=0, le=1)]
+    floor: Fraction
     step: StepConfig
+    multistep: MultistepConfig
+    exponential: ExponentialConfig
+    inverse_time: InverseTimeConfig
+    inverse_sqrt: InverseSqrtConfig
+    polynomial: PolynomialConfig
+    cosine_restarts: CosineRestartsConfig
+    one_cycle: OneCycleConfig
+    cyclic: CyclicConfig
+    trapezoid: TrapezoidConfig
+    plateau: PlateauConfig
 
 
 # ---- pure functions -------------------------------------------------------------------------------------------------
@@ -86,6 +195,7 @@ SCALINGS: dict[str, Callable[[float], float]] = {
 
 def factor(
     step: int,
+    losses: Sequence[float] = (),  # noqa: ARG001
     *,
     name: str,
     total_steps: int,
@@ -104,6 +214,8 @@ def factor(
     ----------
     step
         Optimizer step, the first is 0; beyond ``total_steps`` the cosine stays at its end.
+    losses
+        Validation loss of each epoch so far, which plateau reads.
     name
         A key of `CURVES`.
     total_steps
@@ -133,7 +245,7 @@ def factor(
     return floor + (1.0 - floor) * value if name == "cosine" else max(floor, value)
 
 
-def length_in_steps(length: float | str, *, total_steps: int, steps_per_epoch: int) -> int:
+def length_in_steps(length: float | str, *, total_steps: int, steps_per_epoch: int | Sequence[int]) -> int:
     """Return a length of the schedule in optimizer steps, rounded to the nearest (halves up).
 
     Parameters
@@ -143,7 +255,7 @@ def length_in_steps(length: float | str, *, total_steps: int, steps_per_epoch: i
     total_steps
         Optimizer steps in the whole run.
     steps_per_epoch
-        Optimizer steps in an epoch.
+        Optimizer steps in an epoch; one number an epoch where they differ, the last then goes on for ever.
 
     Raises
     ------
@@ -164,7 +276,9 @@ def length_in_steps(length: float | str, *, total_steps: int, steps_per_epoch: i
                 f"schedule: found length {length!r}, allowed: a fraction from 0 to 1, 'N epochs' or 'N steps'"
             )
         number, unit = length.split()
-        return math.floor(float(number) * (steps_per_epoch if unit.startswith("epoch") else 1) + 0.5)
+        return math.floor(
+            (_epochs_in_steps(float(number), steps_per_epoch) if unit.startswith("epoch") else float(number)) + 0.5
+        )
     if not 0 <= length <= 1:
         raise UserError(
             f"schedule: found length {length}, allowed: a fraction from 0 to 1; "
@@ -173,7 +287,17 @@ def length_in_steps(length: float | str, *, total_steps: int, steps_per_epoch: i
     return math.floor(length * total_steps + 0.5)
 
 
-def factor_arguments(schedule: Mapping[str, Any], *, total_steps: int, steps_per_epoch: int) -> dict[str, Any]:
+def _epochs_in_steps(epochs: float, steps_per_epoch: int | Sequence[int]) -> float:
+    if isinstance(steps_per_epoch, int):
+        return epochs * steps_per_epoch
+    whole = min(int(epochs), len(steps_per_epoch))
+    rest = steps_per_epoch[min(whole, len(steps_per_epoch) - 1)]
+    return sum(steps_per_epoch[:whole]) + (epochs - whole) * rest
+
+
+def factor_arguments(
+    schedule: Mapping[str, Any], *, total_steps: int, steps_per_epoch: int | Sequence[int]
+) -> dict[str, Any]:
     """Return the keyword arguments of `factor` for the section ``schedule`` and the length of the run.
 
     A length longer than the run is allowed where it makes sense (a step that never comes), and refused for the warm-up.

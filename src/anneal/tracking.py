@@ -177,6 +177,13 @@ class Run:
         """Upload a file, or all files of a folder, into the run's artifacts (below ``folder``)."""
         self._send("artifact", path=str(Path(path).absolute()), folder=folder)
 
+    def picture(self, name: str, panels: Sequence[Mapping[str, Any]], title: str = "") -> None:
+        """Draw line plots into the artifact ``name`` (a ``.png``), in the tracking process, not in the stage's.
+
+        Each panel is what `anneal.reporting.lines.as_values` gives, or the part of it that differs from the defaults.
+        """
+        self._send("picture", file=name, panels=list(panels), title=title)
+
     def data_set(self, path: Path | str) -> None:
         """Record a processed data set as an input of this run and of its parent, with its digest."""
         self._send("data_set", path=str(path))
@@ -774,6 +781,14 @@ class _Session:
             self.client.log_artifacts(self.run_id, path, folder)
         else:
             self.client.log_artifact(self.run_id, path, folder)
+
+    def picture(self, file: str, panels: list[dict[str, Any]], title: str) -> None:
+        from anneal.reporting.lines import draw_panels, from_values
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / file
+            draw_panels(from_values(panels), path, title)
+            self.client.log_artifact(self.run_id, str(path))
 
     def data_set(self, path: str) -> None:
         from mlflow.data.dataset_source_registry import resolve_dataset_source

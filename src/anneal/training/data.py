@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from anneal.augment import apply_policy, policy_from_json, seed_policy, transform_names
-from anneal.batching import BatchPlan, MicrobatchSampler
+from anneal.batching import MicrobatchSampler, RunPlan
 from anneal.params import UserError
 from anneal.store import Images, Labels, Split, Store, open_store
 
@@ -130,7 +130,7 @@ class StoreDataModule(pl.LightningDataModule):
     train
         What `training_set` returns.
     plan
-        How an epoch falls into microbatches.
+        How each epoch falls into microbatches.
     seed
         Of the order.
     num_workers
@@ -138,7 +138,7 @@ class StoreDataModule(pl.LightningDataModule):
     """
 
     def __init__(
-        self, store: Store, train: MicrobatchDataset, plan: BatchPlan, seed: int, num_workers: int | str = "auto"
+        self, store: Store, train: MicrobatchDataset, plan: RunPlan, seed: int, num_workers: int | str = "auto"
     ) -> None:
         super().__init__()
         self.store = store
@@ -150,18 +150,11 @@ class StoreDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of this process's microbatches."""
         assert self.trainer is not None
-        plan = self.plan
-        sampler = MicrobatchSampler(
-            plan.num_samples,
-            plan.size,
-            plan.microbatch,
-            self.seed,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-        )
+        sampler = MicrobatchSampler(self.plan, self.seed, self.trainer.global_rank)
+        sampler.set_epoch(self.trainer.current_epoch)
         workers = self.num_workers
         if isinstance(workers, str):
-            workers = workers_that_pay(self.train, plan.microbatch, max(1, self.trainer.num_devices))
+            workers = workers_that_pay(self.train, self.plan[0].microbatch, max(1, self.trainer.num_devices))
         options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
         return DataLoader(
             self.train,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,11 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from anneal.batching import BatchPlan
+from anneal.batching import RunPlan
 from anneal.mixing import mix
 from anneal.models.build import Classifier, key_randomness
 from anneal.models.layers import KeyedRandom
-from anneal.optimizers import build_optimizer
+from anneal.optimizers.build import build_optimizer
 from anneal.params import UserError
 from anneal.schedules import factor
 from anneal.training.data import Batch
@@ -32,7 +34,7 @@ class TrainingModule(pl.LightningModule):
     classifier
         uint8 NHWC to logits.
     plan
-        How an epoch falls into windows and microbatches.
+        How each epoch falls into windows and microbatches.
     seed
         Of dropout, stochastic depth and mixing, each drawn from (seed, technique, epoch, microbatch).
     num_classes
@@ -52,7 +54,7 @@ class TrainingModule(pl.LightningModule):
     def __init__(
         self,
         classifier: Classifier,
-        plan: BatchPlan,
+        plan: RunPlan,
         *,
         seed: int,
         num_classes: int,
@@ -71,7 +73,7 @@ class TrainingModule(pl.LightningModule):
         self.seed = seed
         self.num_classes = num_classes
         self.optimizer_arguments = dict(optimizer)
-        self.schedule = dict(schedule)
+        self.factor_at: Callable[[int, Sequence[float]], float] = partial(factor, **schedule)
         self.label_smoothing = label_smoothing
         self.l1 = l1
         self.mixing = {"mixup_alpha": mixup_alpha, "cutmix_alpha": cutmix_alpha}
@@ -80,44 +82,100 @@ class TrainingModule(pl.LightningModule):
         self.register_buffer("class_weights", class_weights, persistent=False)
         self.gradient_clip = gradient_clip
         self.figures: Figures = {}
+        self.extras: Figures = {}
+        self.val_losses: list[float] = []
         self.window = WindowNorms(classifier)
         self.draws = any(isinstance(module, KeyedRandom) and module.rate > 0 for module in classifier.modules())
-        self.splits_windows = plan.size > plan.microbatch
+        self.splits_windows = any(epoch.size > epoch.microbatch for epoch in plan.epochs)
         self.weights: list[nn.Parameter] = [p for p in classifier.parameters() if p.requires_grad]
         self.decayed = [p for p in self.weights if p.ndim > 1]
         self.rate = 0.0
+        self.norm = torch.zeros(())
+        self.again = False
+        self._evaluated: tuple[int, int] | None = None
         self._unchecked: torch.Tensor | None = None
 
-    def configure_optimizers(self) -> Any:
-        """Return the optimizer and its schedule, a factor of the peak rate at every optimizer step."""
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the optimizer; its groups remember their peak rate as ``initial_lr``."""
         optimizer = build_optimizer(self.classifier, **self.optimizer_arguments)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, **self.schedule))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        return optimizer
+
+    def set_rates(self) -> None:
+        """Set the rate of every parameter group for the optimizer step to come.
+
+        No scheduler object: a rate is a function of the step (and of the validation losses so far), so there is no state
+        to save, and a resumed run takes the same rates.
+        """
+        step = self.trainer.global_step
+        factor = self.factor_at(step, self.val_losses)
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+        self.rate = self.peak_rate * factor
+
+    @property
+    def peak_rate(self) -> float:
+        """Rate at factor 1, of the groups that no factor of their own applies to."""
+        return float(self.optimizer_arguments["arguments"]["lr"])
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
     def on_train_epoch_start(self) -> None:
         """Start the epoch's sums: plain tensors, since Lightning's own logging costs more than a small network."""
+        self.trainer.accumulate_grad_batches = self.plan[self.current_epoch].accumulation
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         self.loss_sum = torch.zeros((), dtype=wide, device=self.device)
         self.norm_sum = torch.zeros((), dtype=wide, device=self.device)
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.num_seen = 0
         self.num_steps = 0
+        self.extras = {}
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Return a microbatch's share of the window's mean loss, times what Lightning and DDP divide by."""
         self.stop_on_nan()
         epoch, microbatch = batch.epoch, batch.microbatch
-        window = self.plan.window_of(microbatch)
-        window_samples = self.plan.window_samples(window)
-        padding = microbatch >= self.plan.microbatches_per_epoch
+        plan = self.plan[epoch]
+        window_samples = plan.window_samples(plan.window_of(microbatch))
+        padding = microbatch >= plan.microbatches_per_epoch
         num = 0 if padding else len(batch)
-        if self.splits_windows:
-            self.window.before(num, first=batch_idx % self.plan.accumulation == 0)
+        # LBFGS and SAM evaluate a batch more than once before they step: only the first counts.
+        self.again = self._evaluated == (epoch, microbatch)
+        self._evaluated = (epoch, microbatch)
+        first = batch_idx % plan.accumulation == 0
+        if first and not self.again:
+            self.set_rates()
+        if self.splits_windows and not self.again:
+            self.window.before(num, first=first)
+        with frozen_statistics(self.classifier, when=self.again):
+            loss, logits, labels = self.microbatch_loss(batch)
+        if padding:
+            loss = loss * 0.0
+        elif not self.again:
+            self.loss_sum += loss.detach()
+            self.correct += (logits.detach().argmax(1) == labels).sum()
+            self.num_seen += num
+        if self.l1:
+            loss = loss + (self.l1 * num) * torch.stack([p.abs().sum() for p in self.decayed]).sum()
+        loss = loss * (plan.accumulation * plan.world_size / window_samples)
+        self._unchecked = loss.detach()
+        return loss
+
+    def microbatch_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the sum over a microbatch of what is trained on: mixed, smoothed, under the microbatch's own draws.
+
+        Without the L1 penalty. Needs no trainer.
+
+        Returns
+        -------
+        tuple
+            The loss, a scalar; logits (N, num_classes); labels (N,), of mixed samples that with the larger part.
+        """
+        epoch, microbatch = batch.epoch, batch.microbatch
         if self.draws:
             key_randomness(self.classifier, self.seed, epoch, microbatch)
-
         images, labels = batch.images, batch.labels
         targets = labels
         if self.mixes:
@@ -128,18 +186,7 @@ class TrainingModule(pl.LightningModule):
         loss = F.cross_entropy(
             logits, targets, self.class_weights, label_smoothing=self.label_smoothing, reduction="sum"
         )
-        if padding:
-            loss = loss * 0.0
-        else:
-            self.loss_sum += loss.detach()
-            self.correct += (logits.detach().argmax(1) == labels).sum()
-            self.num_seen += num
-        if self.l1:
-            loss = loss + (self.l1 * num) * torch.stack([p.abs().sum() for p in self.decayed]).sum()
-        loss = loss * (self.plan.accumulation * self.plan.world_size / window_samples)
-        self.rate = float(self.trainer.optimizers[0].param_groups[0]["lr"])
-        self._unchecked = loss.detach()
-        return loss
+        return loss, logits, labels
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
         """Measure the gradient's norm, clip it, and bring BatchNorm's running statistics up to date."""
@@ -147,6 +194,9 @@ class TrainingModule(pl.LightningModule):
         norm = nn.utils.get_total_norm(gradients)
         if self.gradient_clip is not None:
             nn.utils.clip_grads_with_norm_(self.weights, self.gradient_clip, norm)
+        if self.again:
+            return
+        self.norm = norm
         # A step that mixed precision skips has an infinite norm.
         self.norm_sum += norm.nan_to_num(0.0, 0.0, 0.0)
         self.num_steps += 1
@@ -207,11 +257,35 @@ class TrainingModule(pl.LightningModule):
             "val/accuracy": float(self.val_correct) / self.val_seen,
             "lr": self.rate,
             "grad_norm": float(self.norm_sum) / self.num_steps,
+            "batch_size": self.plan[self.current_epoch].size,
+            **self.extras,
         }
+        self.val_losses.append(val_loss)
         # Once an epoch; the logger gets them directly, for Lightning rounds what it passes on to float32.
         self.log_dict(self.figures, logger=False)
         if self.trainer.logger is not None:
             self.trainer.logger.log_metrics({**self.figures, "epoch": self.current_epoch + 1}, self.trainer.global_step)
+
+
+@contextmanager
+def frozen_statistics(network: nn.Module, *, when: bool = True) -> Iterator[None]:
+    """Keep BatchNorm's running statistics as they are within the block, while it normalises by the batch's own.
+
+    Parameters
+    ----------
+    network
+        Whose BatchNorm layers are meant.
+    when
+        False does nothing.
+    """
+    layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats] if when else []
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
 
 
 class WindowNorms:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import pytorch_lightning as pl
 
 if TYPE_CHECKING:
-    from anneal.batching import BatchPlan
+    from anneal.batching import RunPlan
     from anneal.training.module import TrainingModule
 
 BAR_EVERY = 0.2
@@ -39,9 +40,7 @@ class Progress(pl.Callback):
     name
         Of the member, before each line.
     plan
-        How an epoch falls into steps.
-    epochs
-        Of the whole run.
+        How each epoch falls into steps.
     stream
         Where to; stderr by default.
     clock
@@ -51,14 +50,15 @@ class Progress(pl.Callback):
     def __init__(
         self,
         name: str,
-        plan: BatchPlan,
-        epochs: int,
+        plan: RunPlan,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
         self.plan = plan
-        self.epochs = epochs
+        self.epochs = len(plan)
+        self.samples_before = [0, *itertools.accumulate(epoch.samples_per_epoch for epoch in plan.epochs)]
+        self.steps_before = [0, *itertools.accumulate(plan.epoch_steps)]
         self.stream = stream or sys.stderr
         self.clock = clock
         self.terminal = self.stream.isatty()
@@ -77,7 +77,7 @@ class Progress(pl.Callback):
             from tqdm import tqdm
 
             self.bar = tqdm(
-                total=self.epochs * self.plan.steps_per_epoch,
+                total=self.plan.total_steps,
                 file=self.stream,
                 leave=False,
                 dynamic_ncols=True,
@@ -90,13 +90,14 @@ class Progress(pl.Callback):
         if now < self.next_update:
             return
         self.next_update = now + self.every
-        plan, epoch, step = self.plan, trainer.current_epoch, trainer.global_step
-        in_epoch = step - epoch * plan.steps_per_epoch
+        epoch, step = trainer.current_epoch, trainer.global_step
+        plan = self.plan[epoch]
+        in_epoch = step - self.steps_before[epoch]
         seen = max(1, pl_module.num_seen)
         loss, accuracy = float(pl_module.loss_sum) / seen, float(pl_module.correct) / seen
-        images = epoch * plan.samples_per_epoch + pl_module.num_seen * plan.world_size
+        images = self.samples_before[epoch] + pl_module.num_seen * plan.world_size
         elapsed = max(now - self.started, 1e-9)
-        left = elapsed * (self.epochs * plan.samples_per_epoch / max(1, images) - 1.0)
+        left = elapsed * (self.samples_before[-1] / max(1, images) - 1.0)
         head = f"{self.name}: epoch {epoch + 1}/{self.epochs}"
         rest = (
             f"step {in_epoch}/{plan.steps_per_epoch}  loss {loss:.3f}  accuracy {accuracy:.3f}  "
@@ -120,7 +121,7 @@ class Progress(pl.Callback):
         self.write(
             f"{self.name}: epoch {done}/{self.epochs}  train loss {f['train/loss']:.3f} accuracy "
             f"{f['train/accuracy']:.3f}  val loss {f['val/loss']:.3f} accuracy {f['val/accuracy']:.3f}  "
-            f"{done * self.plan.samples_per_epoch / elapsed:,.0f} images/s  "
+            f"{self.samples_before[done] / elapsed:,.0f} images/s  "
             f"{clock_text(elapsed / done * (self.epochs - done))} left"
         )
         self.next_update = now + self.every

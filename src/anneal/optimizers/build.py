@@ -1,59 +1,16 @@
-"""Optimizers by torch's names, and parameter groups."""
+"""From names and plain values to an optimizer, and which parameters it treats alike."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
-
-from anneal.params import Strict, UserError, nearest
+from anneal.params import UserError, nearest
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-Rate = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Decay = Annotated[float, Field(ge=0)]
-
-
-class SGDConfig(Strict):
-    """``optimizer.SGD``: arguments of torch.optim.SGD."""
-
-    lr: Rate
-    momentum: Fraction = 0.0
-    nesterov: bool = False
-    weight_decay: Decay = 0.0
-
-    @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> SGDConfig:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov: found true with momentum 0, allowed: momentum > 0, or nesterov: false")
-        return self
-
-
-class AdamConfig(Strict):
-    """``optimizer.Adam`` and ``optimizer.AdamW``: arguments of torch.optim.Adam and AdamW."""
-
-    lr: Rate
-    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Decay = 0.0
-
-
-class OptimizerConfig(Strict):
-    """Section ``optimizer``: the rule, and one block of arguments for each choice."""
-
-    name: Literal["SGD", "Adam", "AdamW"]
-    decay_exempt: list[Literal["bias", "norm"]]
-    SGD: SGDConfig
-    Adam: AdamConfig
-    AdamW: AdamConfig
-
-
-# ---- building -------------------------------------------------------------------------------------------------------
 
 
 def parameter_groups(

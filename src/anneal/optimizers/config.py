@@ -1,0 +1,247 @@
+"""Section ``optimizer``: one typed block for each class of torch.optim; imports no torch, so that checking is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from anneal.params import Strict, nearest
+
+Rate = (
+    Annotated[float, Field(gt=0)]
+    | Annotated[Literal["auto"], Field(json_schema_extra={"allowed": "auto (found by a range test before training)"})]
+)
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Decay = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Betas = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
+
+EXTRA = ("LARS", "LAMB", "Lion")
+"""Classes of pytorch_optimizer, an optional extra, by its names; their blocks are checked against its signatures."""
+
+Arguments = dict[str, Any]
+
+
+class Block(Strict):
+    """Arguments of one class of torch.optim by torch's names; one that is left out has torch's default."""
+
+    lr: Rate
+
+    def given(self) -> dict[str, Any]:
+        """Return the arguments that params.yaml gives, plain values."""
+        return self.model_dump(exclude_unset=True)
+
+
+class SGDConfig(Block):
+    """``optimizer.SGD``: arguments of torch.optim.SGD."""
+
+    momentum: Fraction = 0.0
+    dampening: Fraction = 0.0
+    nesterov: bool = False
+    weight_decay: Decay = 0.0
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> SGDConfig:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov: found true with momentum 0, allowed: momentum > 0, or nesterov: false")
+        if self.nesterov and self.dampening:
+            raise ValueError(
+                f"nesterov: found true with dampening {self.dampening:g}, allowed: dampening 0, or nesterov: false"
+            )
+        return self
+
+
+class AdagradConfig(Block):
+    """``optimizer.Adagrad``: arguments of torch.optim.Adagrad."""
+
+    lr_decay: Decay = 0.0
+    weight_decay: Decay = 0.0
+    initial_accumulator_value: Decay = 0.0
+    eps: Positive = 1e-10
+
+
+class RMSpropConfig(Block):
+    """``optimizer.RMSprop``: arguments of torch.optim.RMSprop."""
+
+    alpha: Fraction = 0.99
+    eps: Positive = 1e-8
+    weight_decay: Decay = 0.0
+    momentum: Fraction = 0.0
+    centered: bool = False
+
+
+class AdadeltaConfig(Block):
+    """``optimizer.Adadelta``: arguments of torch.optim.Adadelta."""
+
+    rho: Fraction = 0.9
+    eps: Positive = 1e-6
+    weight_decay: Decay = 0.0
+
+
+class AdamaxConfig(Block):
+    """``optimizer.Adamax``: arguments of torch.optim.Adamax."""
+
+    betas: Betas = [0.9, 0.999]
+    eps: Positive = 1e-8
+    weight_decay: Decay = 0.0
+
+
+class AdamWConfig(AdamaxConfig):
+    """``optimizer.AdamW``: arguments of torch.optim.AdamW."""
+
+    weight_decay: Decay = 0.01
+    amsgrad: bool = False
+
+
+class AdamConfig(AdamaxConfig):
+    """``optimizer.Adam``: arguments of torch.optim.Adam."""
+
+    amsgrad: bool = False
+    decoupled_weight_decay: bool = False
+
+
+class NAdamConfig(AdamaxConfig):
+    """``optimizer.NAdam``: arguments of torch.optim.NAdam."""
+
+    momentum_decay: Decay = 0.004
+    decoupled_weight_decay: bool = False
+
+
+class RAdamConfig(AdamaxConfig):
+    """``optimizer.RAdam``: arguments of torch.optim.RAdam."""
+
+    decoupled_weight_decay: bool = False
+
+
+class ASGDConfig(Block):
+    """``optimizer.ASGD``: arguments of torch.optim.ASGD."""
+
+    lambd: Decay = 1e-4
+    alpha: Positive = 0.75
+    t0: Decay = 1e6
+    weight_decay: Decay = 0.0
+
+
+class RpropConfig(Block):
+    """``optimizer.Rprop``: arguments of torch.optim.Rprop."""
+
+    etas: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [0.5, 1.2]
+    step_sizes: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [1e-6, 50]
+
+    @model_validator(mode="after")
+    def _one_shrinks_and_one_grows(self) -> RpropConfig:
+        if not self.etas[0] < 1 < self.etas[1]:
+            raise ValueError(f"etas: found {self.etas}, allowed: a factor below 1 and one above 1, e.g. [0.5, 1.2]")
+        return self
+
+
+class AdafactorConfig(Block):
+    """``optimizer.Adafactor``: arguments of torch.optim.Adafactor."""
+
+    beta2_decay: Annotated[float, Field(le=0)] = -0.8
+    eps: Annotated[list[Positive | None], Field(min_length=2, max_length=2)] = [None, 1e-3]
+    d: Annotated[float, Field(ge=1)] = 1.0
+    weight_decay: Decay = 0.0
+
+
+class LBFGSConfig(Block):
+    """``optimizer.LBFGS``: arguments of torch.optim.LBFGS."""
+
+    max_iter: Annotated[int, Field(ge=1)] = 20
+    max_eval: Annotated[int, Field(ge=1)] | None = None
+    tolerance_grad: Decay = 1e-7
+    tolerance_change: Decay = 1e-9
+    history_size: Annotated[int, Field(ge=1)] = 100
+    line_search_fn: Literal["strong_wolfe"] | None = None
+
+
+class MuonConfig(Block):
+    """``optimizer.Muon``: arguments of torch.optim.Muon for hidden weights, and of AdamW for all else (``rest``)."""
+
+    weight_decay: Decay = 0.1
+    momentum: Fraction = 0.95
+    nesterov: bool = True
+    ns_coefficients: Annotated[list[float], Field(min_length=3, max_length=3)] = [3.4445, -4.775, 2.0315]
+    eps: Positive = 1e-7
+    ns_steps: Annotated[int, Field(ge=1, lt=100)] = 5
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None
+    rest: AdamWConfig
+
+
+class SAMConfig(Strict):
+    """``optimizer.sam``: sharpness-aware minimisation around the chosen rule; ``rho`` 0 for off."""
+
+    rho: Annotated[float, Field(ge=0)]
+    adaptive: bool
+
+
+class LRFactorsConfig(Strict):
+    """``optimizer.lr_factors``: factors of the rate by place in the network; 1 for none."""
+
+    first: Positive
+    head: Positive
+    layer_decay: Annotated[float, Field(gt=0, le=1)]
+
+
+class OptimizerConfig(Strict):
+    """Section ``optimizer``: the rule, and one block of arguments for each choice."""
+
+    name: Literal[
+        "SGD",
+        "Adagrad",
+        "RMSprop",
+        "Adadelta",
+        "Adam",
+        "AdamW",
+        "Adamax",
+        "NAdam",
+        "RAdam",
+        "ASGD",
+        "Rprop",
+        "Adafactor",
+        "LBFGS",
+        "Muon",
+        "LARS",
+        "LAMB",
+        "Lion",
+    ]
+    decay_exempt: list[Literal["bias", "norm", "scale"]]
+    lr_factors: LRFactorsConfig
+    sam: SAMConfig
+    SGD: SGDConfig
+    Adagrad: AdagradConfig
+    RMSprop: RMSpropConfig
+    Adadelta: AdadeltaConfig
+    Adam: AdamConfig
+    AdamW: AdamWConfig
+    Adamax: AdamaxConfig
+    NAdam: NAdamConfig
+    RAdam: RAdamConfig
+    ASGD: ASGDConfig
+    Rprop: RpropConfig
+    Adafactor: AdafactorConfig
+    LBFGS: LBFGSConfig
+    Muon: MuonConfig
+    LARS: Arguments
+    LAMB: Arguments
+    Lion: Arguments
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of the chosen block as params.yaml gives them, plain values; ``lr`` is among them."""
+        block = getattr(self, self.name)
+        return block.given() if isinstance(block, Block) else dict(block)
+
+    @model_validator(mode="after")
+    def _a_rate_in_every_block(self) -> OptimizerConfig:
+        for name in EXTRA:
+            block = getattr(self, name)
+            if block is None:
+                continue
+            rate = block.get("lr")
+            if rate is None:
+                raise ValueError(f"{name}.lr: missing{nearest('lr', block)}")
+            if rate != "auto" and (isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0):
+                raise ValueError(f"{name}.lr: found {rate}, allowed: a number > 0 | auto")
+        return self

@@ -1,0 +1,289 @@
+"""Everything that stands before the first optimizer step: data, plan of the run, network and LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+
+from anneal.batching import BatchConfig, RunPlan, plan_run
+from anneal.models.build import Classifier, build_classifier
+from anneal.models.config import InitConfig, ModelConfig, conflicts
+from anneal.models.initialization import initialize
+from anneal.optimizers.config import OptimizerConfig
+from anneal.params import ParamsError
+from anneal.schedules import ScheduleConfig, factor_arguments, scaled_rate
+from anneal.store import DatasetInfo, Store
+from anneal.training.config import HardwareConfig, LossConfig, RegularizationConfig, TrainerConfig
+from anneal.training.data import MicrobatchDataset, StoreDataModule, training_set
+from anneal.training.machine import check_precision, resolve_devices, set_threads, strategy_for
+from anneal.training.module import TrainingModule
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that has not begun.
+
+    Parameters
+    ----------
+    store, train
+        The processed data set, and its training samples with their augmentation.
+    transforms
+        Names of the policy's transforms.
+    plan
+        How each epoch falls into steps and microbatches.
+    module
+        Network, loss, optimizer and schedule.
+    architecture, normalization
+        Arguments of `anneal.models.build.build_classifier`, plain values as model.json holds them.
+    accelerator, devices, num_nodes, num_workers
+        Of the machine; the first two resolved.
+    threads
+        CPU threads of each process.
+    precision, deterministic, seed
+        Of the recipe.
+    """
+
+    store: Store
+    train: MicrobatchDataset
+    transforms: list[str]
+    plan: RunPlan
+    module: TrainingModule
+    architecture: dict[str, Any]
+    normalization: dict[str, Any]
+    accelerator: str
+    devices: int
+    num_nodes: int
+    num_workers: int | str
+    threads: int
+    precision: str
+    deterministic: bool | str
+    seed: int
+
+    def data_module(self) -> StoreDataModule:
+        """Return the loaders of this run."""
+        return StoreDataModule(self.store, self.train, self.plan, self.seed, self.num_workers)
+
+    def trainer(self, callbacks: Sequence[pl.Callback], **options: Any) -> pl.Trainer:
+        """Return a Trainer for this run with Lightning's own logging, checkpoints and bars off.
+
+        Parameters
+        ----------
+        callbacks
+            In the order in which they are called.
+        options
+            Further arguments of pl.Trainer; they win.
+        """
+        return pl.Trainer(
+            **{
+                "accelerator": self.accelerator,
+                "devices": self.devices,
+                "num_nodes": self.num_nodes,
+                "strategy": strategy_for(self.plan.world_size),
+                "precision": self.precision,
+                "max_epochs": len(self.plan),
+                "accumulate_grad_batches": self.plan[0].accumulation,
+                # A loader knows its length once; where the batch grows, epochs differ in theirs.
+                "reload_dataloaders_every_n_epochs": int(self.plan.grows),
+                "deterministic": self.deterministic,
+                "benchmark": False,
+                "logger": False,
+                "callbacks": list(callbacks),
+                "log_every_n_steps": self.plan[0].rounds_per_epoch,
+                "num_sanity_val_steps": 0,
+                "use_distributed_sampler": False,
+                "enable_checkpointing": False,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                **options,
+            }
+        )
+
+
+def set_up(
+    *,
+    store: Path,
+    augmented: Path,
+    seed: int,
+    model: ModelConfig,
+    init: InitConfig,
+    optimizer: OptimizerConfig,
+    schedule: ScheduleConfig,
+    batch: BatchConfig,
+    loss: LossConfig,
+    regularization: RegularizationConfig,
+    trainer: TrainerConfig,
+    hardware: HardwareConfig,
+) -> Setup:
+    """Prepare a run: open the data, plan the epochs, build and initialise the network.
+
+    Parameters
+    ----------
+    store
+        Folder of the processed data set.
+    augmented
+        Folder of policy.json and, optionally, ``extra/``.
+    seed
+        Of everything random.
+    model, init, optimizer, schedule, batch, loss, regularization, trainer
+        Sections of the member.
+    hardware
+        What the machine has.
+
+    Raises
+    ------
+    UserError
+        The settings do not fit the data or the machine.
+    """
+    accelerator, devices = resolve_devices(hardware, batch)
+    check_precision(trainer.precision, accelerator)
+    data_set, train, transforms = training_set(store, augmented, seed)
+    plan = plan_run(
+        size=batch.size,
+        microbatch=batch.microbatch,
+        devices=devices,
+        num_nodes=hardware.num_nodes,
+        num_samples=len(train),
+        epochs=trainer.epochs,
+        growth_at=batch.growth.at,
+        growth_factor=batch.growth.factor,
+    )
+    threads = set_threads(trainer.threads, devices if accelerator == "cpu" else 1)
+    info = data_set.info
+    faults = conflicts(
+        model.name,
+        arguments=getattr(model, model.name).model_dump(),
+        height=info.height,
+        width=info.width,
+        normalize=info.normalize,
+        norm=model.norm.name,
+        stochastic_depth=regularization.stochastic_depth,
+        microbatch=batch.microbatch,
+    )
+    if faults:
+        raise ParamsError(faults)
+    architecture = architecture_of(model, info, regularization)
+    normalization = {
+        "kind": info.normalize,
+        "height": info.height,
+        "width": info.width,
+        "channels": info.channels,
+    }
+    classifier = build_classifier(architecture, normalization, data_set.statistics())
+    initialize(
+        classifier.network,
+        init.name,
+        getattr(init, init.name).model_dump(),
+        zero_last=init.zero_last,
+        activation=model.activation,
+        seed=seed,
+    )
+    module = training_module(
+        classifier,
+        plan,
+        info,
+        train,
+        seed=seed,
+        optimizer=optimizer,
+        schedule=schedule,
+        batch=batch,
+        loss=loss,
+        regularization=regularization,
+    )
+    return Setup(
+        store=data_set,
+        train=train,
+        transforms=transforms,
+        plan=plan,
+        module=module,
+        architecture=architecture,
+        normalization=normalization,
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=hardware.num_nodes,
+        num_workers=hardware.num_workers,
+        threads=threads,
+        precision=trainer.precision,
+        deterministic=trainer.deterministic,
+        seed=seed,
+    )
+
+
+def architecture_of(model: ModelConfig, info: DatasetInfo, regularization: RegularizationConfig) -> dict[str, Any]:
+    """Return the arguments of `anneal.models.build.build_network`, plain values as model.json holds them."""
+    norm = model.norm
+    return {
+        "name": model.name,
+        "arguments": getattr(model, model.name).model_dump(),
+        "num_classes": len(info.classes),
+        "in_channels": info.channels,
+        "height": info.height,
+        "width": info.width,
+        "activation": model.activation,
+        "norm": norm.name,
+        "norm_position": norm.position,
+        "norm_arguments": getattr(norm, norm.name).model_dump() if hasattr(norm, norm.name) else {},
+        "dropout": regularization.dropout,
+        "stochastic_depth": regularization.stochastic_depth,
+    }
+
+
+def training_module(
+    classifier: Classifier,
+    plan: RunPlan,
+    info: DatasetInfo,
+    train: MicrobatchDataset,
+    *,
+    seed: int,
+    optimizer: OptimizerConfig,
+    schedule: ScheduleConfig,
+    batch: BatchConfig,
+    loss: LossConfig,
+    regularization: RegularizationConfig,
+) -> TrainingModule:
+    """Return the LightningModule that the sections describe."""
+    arguments = optimizer.arguments
+    if arguments["lr"] != "auto":
+        arguments["lr"] = scaled_rate(
+            arguments["lr"], scaling=batch.lr_scaling, size=batch.size, reference_size=batch.reference_size
+        )
+    return TrainingModule(
+        classifier,
+        plan,
+        seed=seed,
+        num_classes=len(info.classes),
+        optimizer={"name": optimizer.name, "arguments": arguments, "decay_exempt": optimizer.decay_exempt},
+        # Literal totals: to read Lightning's estimate in configure_optimizers costs the loader's state on a resume.
+        schedule=factor_arguments(
+            schedule.model_dump(), total_steps=plan.total_steps, steps_per_epoch=plan.epoch_steps
+        ),
+        label_smoothing=regularization.label_smoothing,
+        l1=regularization.l1,
+        mixup_alpha=regularization.mixup.alpha,
+        cutmix_alpha=regularization.cutmix.alpha,
+        class_weights=CLASS_WEIGHTS[loss.class_weights](train.labels, len(info.classes)),
+        gradient_clip=regularization.gradient_clip,
+    )
+
+
+def balanced_weights(labels: np.ndarray, num_classes: int) -> torch.Tensor:
+    """Return weights inverse to the class counts, float32 (num_classes,), whose mean over ``labels`` is 1.
+
+    A class without samples has weight 0.
+
+    >>> balanced_weights(np.array([0, 0, 0, 1]), 3).tolist()
+    [0.6666666865348816, 2.0, 0.0]
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    present = np.count_nonzero(counts)
+    weights = np.divide(len(labels), present * counts, out=np.zeros(num_classes), where=counts > 0)
+    return torch.from_numpy(weights.astype(np.float32))
+
+
+CLASS_WEIGHTS: dict[str, Any] = {"none": lambda labels, num_classes: None, "balanced": balanced_weights}  # noqa: ARG005
+"""``loss.class_weights`` to a function of the training labels and the number of classes."""
