@@ -37,7 +37,9 @@ def main(member: str) -> None:
     merged = params.member(values, member)
     sections = params.parse(merged, SECTIONS)
 
+    from anneal.models.initial_statistics import statistics_panels
     from anneal.training.fit import fit
+    from anneal.training.schedule import ScheduleCurve
 
     out = Path("models") / member
     with tracking.stage_run(values, "train", member=member, outs=[out]) as run:
@@ -48,14 +50,20 @@ def main(member: str) -> None:
             out=out,
             seed=merged["seed"],
             log=run.metrics,
+            callbacks=(ScheduleCurve(run.picture),),
             **sections,
         )
         if result.is_main:
-            run.metrics({"best_epoch": result.best_epoch, "num_parameters": result.num_parameters})
+            run.metrics(result.facts)
+            if result.range_test is not None:
+                run.picture("lr-range.png", result.range_test.panels())
+            run.picture("initial.png", statistics_panels(result.initial), "before the first step")
+            run.tag("initial.findings", " | ".join(result.initial_findings) or "none")
             run.tag("threads", result.threads)
             run.tag("devices", f"{result.devices} {result.accelerator}")
             run.artifact(out / "model.json")
-            run.artifact(out / "history.csv")
+            for table in ("history.csv", "steps.csv", "layers.csv", "initial.csv"):
+                run.artifact(out / table)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ LAYERS = [
     {"sources", "decoding", "splitting", "spooling", "statistics", "preprocess"},
     {"models", "optimizers", "schedules", "batching", "augment", "transforms", "mixing", "diagnosis"},
     {"training"},
-    {"views", "ensemble", "calibration", "metrics"},
+    {"views", "ensemble", "calibration", "metrics", "microbatch"},
     {"reporting", "serving", "evaluation"},
     {"tracking", "pyfunc"},
-    {"conflicts", "recipe", "cli"},
+    {"conflicts", "recipe", "studies", "cli"},
 ]
 """Imports run from a later line to an earlier one, or within a line."""
 

@@ -1,16 +1,29 @@
+import csv
+
 import numpy as np
 import pytest
+import pytorch_lightning as pl
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anneal.batching import BatchConfig, MicrobatchSampler, devices_that_divide, epoch_order, plan, plan_run
+from anneal.cli import _batch_in_words
 from anneal.params import ParamsError, parse
+from anneal.store import open_store
+from anneal.training.setup import set_up
+from tests.test_training import PLAIN, largest_difference, sections, train, write_inputs
 
 
 def run_plan(size, microbatch, world_size, num_samples):
     return plan_run(
         size=size, microbatch=microbatch, devices=world_size, num_nodes=1, num_samples=num_samples, epochs=1
     )
+
+
+def section(**changes):
+    values = {"size": 8, "microbatch": 8, "lr_scaling": "none", "reference_size": 8, "noise_microbatches": 0}
+    return values | {"growth": {"at": [], "factor": 2}} | changes
 
 
 def test_plan_counts():
@@ -28,12 +41,33 @@ def test_batch_larger_than_the_training_split_names_both():
 
 
 def test_indivisible_accumulation_names_the_nearest_valid_values():
-    with pytest.raises(ParamsError, match=r"found 96, .* 32 x 2 devices x 1 nodes = 64 .* batch\.size 64 or 128"):
+    text = r"found 96, .* 32 x 2 devices x 1 nodes = 64 .* batch\.size 64 or 128; batch\.microbatch 24; hardware\.devices 3$"
+    with pytest.raises(ParamsError, match=text):
         plan(size=96, microbatch=32, devices=2, num_nodes=1, num_samples=1000)
+    # A batch that the training split could not fill is no help.
+    with pytest.raises(ParamsError, match=r"nearest valid: batch\.microbatch 48; hardware\.devices 1$"):
+        plan(size=96, microbatch=96, devices=2, num_nodes=1, num_samples=100)
+    with pytest.raises(ParamsError, match=r"nearest valid: batch\.microbatch 1$"):
+        plan(size=4, microbatch=4, devices=2, num_nodes=2, num_samples=4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(size=st.integers(1, 60), microbatch=st.integers(1, 30), devices=st.integers(1, 4), nodes=st.integers(1, 2))
+def test_the_values_proposed_are_valid(size, microbatch, devices, nodes):
+    arguments = {"size": size, "microbatch": microbatch, "devices": devices, "num_nodes": nodes, "num_samples": 60}
+    if size % (microbatch * devices * nodes) == 0:
+        plan(**arguments)
+        return
+    with pytest.raises(ParamsError, match="nearest valid: ") as caught:
+        plan(**arguments)
+    for choice in caught.value.faults[0].split("nearest valid: ")[1].split("; "):
+        key, *values = choice.replace(" or ", " ").split(" ")
+        for value in values if key.startswith(("batch", "hardware.devices")) else ():
+            plan(**arguments | {key.split(".")[1]: int(value)})
 
 
 def test_microbatch_must_divide_size():
-    values = {"batch": {"size": 96, "microbatch": 36, "lr_scaling": "none", "reference_size": 96}}
+    values = {"batch": section(size=96, microbatch=36)}
     with pytest.raises(ParamsError, match=r"batch.*found 36.*divisor of size, nearest 32"):
         parse(values, {"batch": BatchConfig})
 
@@ -106,3 +140,166 @@ def test_padding_keeps_processes_in_step_in_the_last_window():
     (epoch, microbatch), *indices = list(sampler)[-1]
     assert microbatch >= sampler.run[0].microbatches_per_epoch
     assert indices == np.array(epoch_order(70, 0, epoch)[64:]).tolist()
+
+
+# ---- growth ---------------------------------------------------------------------------------------------------------
+
+
+def grown(at, epochs=8, num_samples=100, **options):
+    arguments = {"size": 8, "microbatch": 4, "devices": 1, "num_nodes": 1, "growth_factor": 2} | options
+    return plan_run(epochs=epochs, num_samples=num_samples, growth_at=at, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("at", "epochs", "sizes"),
+    [
+        ([], 3, [8, 8, 8]),
+        ([0.5], 4, [8, 8, 16, 16]),
+        ([0.5, 0.75], 8, [8, 8, 8, 8, 16, 16, 32, 32]),
+        (["1 epoch", "3 epochs"], 4, [8, 16, 16, 32]),
+        ([0.75, "2 epochs"], 4, [8, 8, 16, 32]),
+        ([0.01], 3, [8, 16, 16]),  # never in the first epoch, which batch.size is for
+        ([0.5, 0.75], 1, [8]),  # a run cut short for a try
+        (["5 epochs"], 1, [8]),
+    ],
+)
+def test_the_batch_grows_between_epochs(at, epochs, sizes):
+    run = grown(at, epochs)
+    assert [run[epoch].size for epoch in range(epochs)] == sizes
+    assert [run[epoch].accumulation for epoch in range(epochs)] == [size // 4 for size in sizes]
+    assert run.total_steps == sum(-(-100 // size) for size in sizes)
+    assert run.grows == (len(set(sizes)) > 1)
+
+
+def test_check_says_what_the_batch_grows_to():
+    assert _batch_in_words(grown([]), 1) == "batch 8 = 4 x 1 device x 2 accumulated; 13 steps an epoch"
+    assert _batch_in_words(grown([0.5, 0.75], devices=2), 2) == (
+        "batch 8 = 4 x 2 devices x 1 accumulated, 16 from epoch 5, 32 from epoch 7; 13, later 7, later 4 steps an epoch"
+    )
+
+
+def test_growth_that_cannot_be_names_the_key():
+    with pytest.raises(
+        ParamsError, match=r"batch\.growth\.at: .* batch\.size 8 into 128, .* 100 images; .* at most 3 points"
+    ):
+        grown([0.2, 0.4, 0.6, 0.8])
+    with pytest.raises(
+        ParamsError, match=r"batch\.growth\.at: found '9 epochs', but the run ends after 8 epochs; .* 7 ep"
+    ):
+        grown(["9 epochs"])
+    with pytest.raises(ParamsError, match=r"batch\.size: found 8, which batch\.microbatch 4 x 4 devices"):
+        grown([0.5], devices=4)
+    for at in ([0], [0.0], [1.0], ["3 steps"], ["0 epochs"], ["1.5 epochs"]):
+        with pytest.raises(ParamsError, match=r"batch\.growth\.at\[0\]: .* a fraction of the run between 0 and 1"):
+            parse({"batch": section(growth={"at": at, "factor": 2})}, {"batch": BatchConfig})
+    with pytest.raises(ParamsError, match=r"batch\.growth\.factor: found 1, allowed: a whole number >= 2"):
+        parse({"batch": section(growth={"at": [0.5], "factor": 1})}, {"batch": BatchConfig})
+
+
+# ---- through fit, against one big batch by hand ---------------------------------------------------------------------
+
+
+class LastWeights(pl.Callback):
+    """The weights at the end of training, not of the best epoch."""
+
+    def on_train_end(self, trainer, pl_module):
+        self.state = {name: value.clone() for name, value in pl_module.classifier.state_dict().items()}
+
+
+def by_hand(inputs, sizes, lr=0.05, **overrides):
+    """Train with one forward pass a step, ``sizes[epoch]`` samples, and a loss that is written out."""
+    chosen = sections(**overrides)
+    del chosen["averaging"]
+    setup = set_up(store=inputs[0], augmented=inputs[1], seed=0, **chosen)
+    classifier, weights = setup.module.classifier, setup.module.class_weights
+    smoothing, l1 = chosen["regularization"].label_smoothing, chosen["regularization"].l1
+    split = open_store(inputs[0]).split("train")
+    images, labels = torch.from_numpy(split.take(range(len(split)))), torch.from_numpy(split.labels)
+    if weights is None:
+        weights = torch.ones(3)
+    for epoch, size in enumerate(sizes):
+        order = epoch_order(len(split), 0, epoch)
+        for start in range(0, len(order), size):
+            index = order[start : start + size]
+            log_p = torch.log_softmax(classifier(images[index]), 1)
+            y = labels[index]
+            right = weights[y] * log_p[range(len(y)), y]
+            loss = -((1 - smoothing) * right + smoothing / 3 * (weights * log_p).sum(1)).mean()
+            loss = loss + l1 * sum(p.abs().sum() for p in classifier.parameters() if p.ndim > 1)
+            for p, gradient in zip(
+                classifier.parameters(), torch.autograd.grad(loss, list(classifier.parameters())), strict=True
+            ):
+                p.data -= lr * gradient
+    return classifier.state_dict()
+
+
+def relative_difference(a, b):
+    return largest_difference(a, b) / max(float(value.abs().max()) for value in b.values())
+
+
+PENALISED = PLAIN | {
+    "regularization": {"label_smoothing": 0.1, "l1": 1e-2},
+    "loss": {"class_weights": "balanced"},
+}
+LOSSES = {"plain": PLAIN, "penalised": PENALISED}
+# 64 + 64 + 40: the last window is 13 + 13 + 14, so of two processes one has no sample in its last round;
+# 64 + 64 + 6: one microbatch, and nothing at all for a second process.
+LAST_WINDOWS = {40: 168, 6: 134}
+
+
+@pytest.fixture(scope="module", params=LAST_WINDOWS.values(), ids=[f"rest{rest}" for rest in LAST_WINDOWS])
+def short(request, tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("short"), num_train=request.param)
+
+
+@pytest.mark.parametrize("microbatch", [64, 16])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_short_last_window_is_a_mean_over_its_own_samples(short, tmp_path, loss, microbatch):
+    last = LastWeights()
+    batch = {"size": 64, "microbatch": microbatch}
+    train(short, tmp_path / "a", callbacks=(last,), **LOSSES[loss], batch=batch)
+    assert relative_difference(last.state, by_hand(short, [64, 64], **LOSSES[loss], batch=batch)) < 1e-6
+
+
+GROWING = {"batch": {"size": 32, "microbatch": 8, "growth": {"at": ["1 epoch", 0.5]}}, "trainer": {"epochs": 4}}
+SIZES, STEPS = [32, 64, 128, 128], [6, 9, 11, 13]
+"""Of 168 samples; steps so far at the end of each epoch."""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"), num_train=168)
+
+
+def test_a_grown_batch_trains_as_by_hand(inputs, tmp_path):
+    last = LastWeights()
+    result = train(inputs, tmp_path / "a", callbacks=(last,), **PENALISED, **GROWING)
+    assert [(row.batch_size, row.step) for row in result.rows] == list(zip(SIZES, STEPS, strict=True))
+    assert relative_difference(last.state, by_hand(inputs, SIZES, **PENALISED, **GROWING)) < 1e-6
+    assert relative_difference(last.state, by_hand(inputs, [32] * 4, **PENALISED, **GROWING)) > 1e-3
+    rows = list(csv.DictReader((tmp_path / "a" / "history.csv").read_text().splitlines()))
+    assert [int(row["batch_size"]) for row in rows] == SIZES
+
+
+def test_schedule_lengths_in_epochs_follow_the_growth(inputs, tmp_path):
+    schedule = {"name": "step", "step": {"every": "2 epochs", "gamma": 0.1}, "warmup": {"length": 0.0}}
+    options = PLAIN | {"schedule": schedule}
+    rows = train(inputs, tmp_path / "a", **options, **GROWING).rows
+    assert [row.step for row in rows] == STEPS
+    # Two epochs are 9 steps here, so the next drop would come at step 18, after the end.
+    assert [row.lr for row in rows] == pytest.approx([0.05, 0.05, 0.005, 0.005])
+
+
+def test_a_grown_run_has_the_same_bytes_whatever_the_workers(inputs, tmp_path):
+    options = {"regularization": {"dropout": 0.2, "mixup": {"alpha": 0.4}}, **GROWING}
+    for out, workers in (("a", 0), ("b", 2)):
+        train(inputs, tmp_path / out, hardware={"num_workers": workers}, **options)
+    a, b = ({path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("a", "b"))
+    assert a == b
+
+
+def test_the_rate_is_that_of_the_first_size(inputs, tmp_path):
+    options = PLAIN | {"batch": GROWING["batch"] | {"lr_scaling": "linear", "reference_size": 16}}
+    options["schedule"] = {"name": "constant", "warmup": {"length": "2 steps"}}
+    rows = train(inputs, tmp_path / "a", **options, trainer={"epochs": 4}).rows
+    assert [row.lr for row in rows] == pytest.approx([0.1] * 4)

@@ -119,3 +119,58 @@ def test_outside_a_project(tmp_path: Path) -> None:
 
 def test_predict_needs_a_positive_top(project: Path) -> None:
     assert "--top: found 0" in run(project, "predict", "--top", "0", "x.png").stderr
+
+
+# ---- the schedule ---------------------------------------------------------------------------------------------------
+
+
+def test_check_says_the_schedule_in_words(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(project, "    a: {seed: 0}", "    a: {schedule: {name: one_cycle, one_cycle: {end: 0.1}}}")
+    edit(project, "    b: {seed: 1}", "    b: {schedule: {name: plateau, warmup: {length: 0}}}")
+    edit(project, "    c: {seed: 2}", "    c: {schedule: {name: step, floor: 0.2, warmup: {length: 10 steps}}}")
+    cli.main(["check"])
+    a, b, c = capsys.readouterr().out.splitlines()[-3:]
+    assert a.endswith("peak rate 0.05, warm-up 60 steps, then one_cycle to 0.005, momentum 0.95 to 0.85 and back")
+    assert b.endswith("warm-up 0 steps, then plateau: x 0.2 after 4 epochs without a lower validation loss")
+    assert c.endswith("warm-up 10 steps, then step to 0.01")
+
+
+def test_check_draws_the_schedule(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["check", "--brief", "--plot"])
+    assert capsys.readouterr().out == "params.yaml is valid\ndrew studies/schedule.png\n"
+    cli.main(["check", "--plot", "there/here.png"])
+    pictures = [project / "studies/schedule.png", project / "there/here.png"]
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    assert pictures[0].read_bytes().startswith(b"\x89PNG")
+    edit(project, "    b: {seed: 1}", "    b: {schedule: {name: linear}}")
+    cli.main(["check", "--plot"])
+    assert pictures[0].read_bytes() != pictures[1].read_bytes()
+    assert [path.name for path in pictures[0].parent.iterdir()] == ["schedule.png"]
+
+
+def test_a_picture_that_cannot_be_written(project: Path) -> None:
+    assert (
+        run(project, "check", "--plot", "a.pdf").stderr
+        == "error: --plot: found a.pdf, allowed: a file that ends in .png\n"
+    )
+    (project / "file").write_text("")
+    assert run(project, "check", "--plot", "file/a.png").stderr.startswith("error: --plot: file/a.png: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        (
+            {"lr_scaling: none": "lr_scaling: linear", "  size: 32  ": "  size: 64  ", "length: 0.05": "length: 0.0"},
+            "batch.lr_scaling: found linear, which makes the rate of batch.size 64 2 times that of reference_size 32",
+        ),
+        ({"  name: cosine  ": "  name: step  ", "every: 0.3": "every: 0.0"}, "schedule.step.every: found 0.0, 0 of"),
+        ({"  name: cosine  ": "  name: cosin  "}, "did you mean 'cosine'?"),
+    ],
+)
+def test_check_refuses_a_schedule(project: Path, changes: dict[str, str], fault: str) -> None:
+    for old, new in changes.items():
+        edit(project, old, new)
+    done = run(project, "check")
+    assert done.returncode == 1 and done.stdout == ""
+    assert all(fault in line for line in done.stderr.splitlines()) and done.stderr.startswith("error: ")

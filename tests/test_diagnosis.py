@@ -126,6 +126,20 @@ def test_history_is_read_back(tmp_path: Path) -> None:
     assert read_history(path)["epoch"] == [1.0, 2.0]
 
 
+def test_empty_cells_of_a_history_are_not_numbers(tmp_path: Path) -> None:
+    run = make_run(epochs=2)
+    columns = [*run.history, "update_cosine", "noise_scale"]
+    rows = [[repr(run.history[name][i]) for name in run.history] + [cosine, ""] for i, cosine in enumerate(("", "0.5"))]
+    path = tmp_path / "history.csv"
+    path.write_text("\n".join(",".join(row) for row in [columns, *rows]) + "\n", encoding="utf-8")
+    found = read_history(path)
+    assert np.isnan(found["update_cosine"][0]) and found["update_cosine"][1] == 0.5
+    assert np.isnan(found["noise_scale"]).all()
+    whole = Run(found, num_val=1000, num_classes=10)
+    assert diagnose(whole) == diagnose(run)
+    assert curves_csv({"a": found}) == curves_csv({"a": run.history})
+
+
 def test_curves_have_a_column_for_each_member(tmp_path: Path) -> None:
     histories = {"a": make_run(epochs=3).history, "b": make_run(epochs=5).history}
     rows = list(csv.DictReader(curves_csv(histories).splitlines()))

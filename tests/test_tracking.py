@@ -795,3 +795,61 @@ def test_the_predictor_loads_back_from_mlflow_and_gives_the_same_probabilities(w
     assert {output.model_id for output in parent.outputs.model_outputs} == {
         str(one).removeprefix("models:/") for one in uris
     }
+
+
+# ---- studies --------------------------------------------------------------------------------------------------------
+
+
+def log_child(run: tracking.Run, name: str) -> None:
+    series = [{"step": step, "values": {"val/loss": 1.0 / step, "lr": 0.1}} for step in range(1, 600)]
+    run.child(
+        f"point {name}",
+        key=f"key {name}",
+        params={"seed": 3, "optimizer.SGD.lr": 0.1},
+        tags={"point": name},
+        series=series,
+        began=1_700_000_000_000,
+        ended=1_700_000_005_000,
+    )
+
+
+def test_a_study_is_a_run_with_its_runs_below_it(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    uri = sqlite(workspace)
+
+    def broken() -> None:
+        with tracking.study_run(recipe(), "lr", key="k") as run:
+            log_child(run, "a")
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError):
+        broken()
+    (parent,) = runs(uri, "tags.`study.key` = 'k'")
+    assert parent.info.run_name == "study lr"
+    assert parent.info.status == "FAILED"
+    assert "in the middle" in parent.data.tags["error"]
+
+    with tracking.study_run(recipe(), "lr", key="k") as run:
+        log_child(run, "a")
+        log_child(run, "b")
+        run.metrics({"study/runs": 2.0})
+        run.describe("It shows *this*.")
+    with tracking.study_run(recipe(), "lr", key="other"):
+        pass
+    (parent,) = runs(uri, "tags.`study.key` = 'k'")
+    assert len(runs(uri, "tags.`study.key` = 'other'")) == 1
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags[tracking.NOTE] == "It shows *this*."
+    assert "error" not in parent.data.tags
+    assert parent.data.metrics == {"study/runs": 2.0}
+    assert parent.data.params["optimizer.name"] == "SGD"
+    found = runs(uri, f"tags.`{tracking.PARENT}` = '{parent.info.run_id}'")
+    assert sorted(run.data.tags["point"] for run in found) == ["a", "b"], "what is there is not logged again"
+    for child in found:
+        assert child.info.status == "FINISHED"
+        assert (child.info.start_time, child.info.end_time) == (1_700_000_000_000, 1_700_000_005_000)
+        assert {"stage": "study", "study": "lr"}.items() <= child.data.tags.items()
+        assert child.data.params == {"seed": "3", "optimizer.SGD.lr": "0.1"}
+        history = client(uri).get_metric_history(child.info.run_id, "val/loss")
+        assert [(m.step, m.value) for m in history] == [(step, 1.0 / step) for step in range(1, 600)]
+    assert capfd.readouterr().err == ""
+    assert not parents(uri), "a study is nobody's recipe"

@@ -1,5 +1,6 @@
 import copy
 import csv
+import inspect
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ from anneal.models.initialization import initialize
 from anneal.optimizers.config import OptimizerConfig
 from anneal.params import ParamsError, UserError
 from anneal.preprocess import PreprocessConfig
-from anneal.schedules import ScheduleConfig
+from anneal.schedules import ScheduleConfig, factor, factor_arguments, momentum_at
 from anneal.store import Sample, SplitWriter, finish, open_store
 from anneal.training.best import rank
 from anneal.training.config import (
@@ -38,10 +40,11 @@ from anneal.training.config import (
 )
 from anneal.training.data import MicrobatchDataset, training_set, workers_that_pay
 from anneal.training.fit import fit
-from anneal.training.machine import check_precision, cpu_has_bfloat16, resolve_devices
+from anneal.training.machine import check_precision, cpu_has_bfloat16, quiet, resolve_devices
 from anneal.training.module import WindowNorms
 from anneal.training.progress import Progress
-from anneal.training.setup import balanced_weights
+from anneal.training.schedule import ScheduleCurve
+from anneal.training.setup import balanced_weights, set_up
 
 SIDE, CLASSES = 6, ["a", "b", "c"]
 SECTIONS = {
@@ -57,7 +60,7 @@ SECTIONS = {
     "hardware": HardwareConfig,
 }
 NO_NORM = {"model": {"name": "convnet", "norm": {"name": "none"}, "convnet": {"widths": [8], "depth": 1}}}
-FILES = ("weights.safetensors", "model.json", "history.csv")
+FILES = ("weights.safetensors", "model.json", "history.csv", "steps.csv", "layers.csv")
 
 
 def images_of(number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -172,12 +175,24 @@ def test_outs_and_log(inputs, tmp_path):
         "val_loss",
         "val_accuracy",
         "grad_norm",
+        "batch_size",
+        "update_ratio",
+        "update_cosine",
+        "rate_low",
+        "rate_median",
+        "rate_high",
+        "noise_scale",
     ]
     assert [(row["epoch"], row["step"]) for row in rows] == [("1", "3"), ("2", "6")]
-    assert [step for _, step in logged] == [3, 6]
-    for row, (metrics, _) in zip(rows, logged, strict=True):
+    epochs = [(metrics, step) for metrics, step in logged if "epoch" in metrics]
+    assert [step for _, step in epochs] == [3, 6]
+    for row, (metrics, _) in zip(rows, epochs, strict=True):
         named = {name.replace("/", "_"): value for name, value in metrics.items()}
-        assert {name: float(row[name]) for name in row if name != "step"} == named
+        assert {name: float(row[name]) for name in row if name != "step" and row[name]} == {
+            name: value for name, value in named.items() if name in row
+        }
+        layers = {row["layer"] for row in csv.DictReader((tmp_path / "a" / "layers.csv").read_text().splitlines())}
+        assert {name.removeprefix("update_ratio/") for name in metrics if name.startswith("update_ratio/")} == layers
     best = max(result.rows, key=lambda row: (row.val_accuracy, -row.val_loss, -row.epoch))
     assert model["best_epoch"] == result.best_epoch == best.epoch
 
@@ -358,7 +373,8 @@ def test_two_processes_train_the_same_network(flipped, tmp_path):
     assert largest_difference(weights(tmp_path / "1"), weights(tmp_path / "2")) < 1e-5
     one, two = (list(csv.DictReader((tmp_path / n / "history.csv").read_text().splitlines())) for n in ("1", "2"))
     for a, b in zip(one, two, strict=True):
-        assert [float(v) for v in a.values()] == pytest.approx([float(v) for v in b.values()], rel=1e-4)
+        measured = [name for name in a if a[name] or b[name]]
+        assert [float(a[name]) for name in measured] == pytest.approx([float(b[name]) for name in measured], rel=1e-4)
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -538,7 +554,8 @@ def test_conflicts_are_all_reported_without_torch():
         schedule={"warmup": {"length": "900 epochs"}},
     )
     hardware = chosen.pop("hardware")
-    chosen = {name: chosen[name] for name in ("model", "schedule", "batch", "regularization", "trainer")}
+    names = ("model", "optimizer", "schedule", "batch", "regularization", "trainer")
+    chosen = {name: chosen[name] for name in names}
     values = params.merge(
         params.read_yaml(Path(__file__).parents[1] / "params.yaml"), {"preprocess": {"normalize": "pca"}}
     )
@@ -553,3 +570,176 @@ def test_conflicts_are_all_reported_without_torch():
     code = "import anneal.conflicts, sys; print([m for m in ('torch', 'cv2', 'mlflow') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# ---- schedules ------------------------------------------------------------------------------------------------------
+
+SHORT = {
+    # Lengths for runs of 6 to 12 steps; the plateau falls whenever it may.
+    "warmup": {"length": "1 step", "start": 0.1},
+    "step": {"every": "2 steps"},
+    "multistep": {"milestones": [0.4, 0.8]},
+    "cosine_restarts": {"cycle": "4 steps"},
+    "cyclic": {"cycle": "4 steps"},
+    "trapezoid": {"decay": 0.5},
+    "plateau": {"patience": 1, "cooldown": 0, "gamma": 0.5, "min_delta": 100.0},
+}
+SCHEDULES = get_args(ScheduleConfig.model_fields["name"].annotation)
+
+
+def set_up_run(inputs, **overrides):
+    chosen = sections(**overrides)
+    del chosen["averaging"]
+    return set_up(store=inputs[0], augmented=inputs[1], seed=0, **chosen)
+
+
+class Rates(pl.Callback):
+    """The rate and momentum of every optimizer step; and a checkpoint after the second epoch."""
+
+    def __init__(self, checkpoint: Path | None = None):
+        self.rates, self.groups, self.checkpoint = [], [], checkpoint
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.rates.append(pl_module.rate)
+        self.groups.append([(group["lr"], group.get("momentum")) for group in trainer.optimizers[0].param_groups])
+
+    def on_validation_end(self, trainer, pl_module):
+        if self.checkpoint is not None and trainer.current_epoch == 1:
+            trainer.save_checkpoint(self.checkpoint)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_resumed_curve_is_the_uninterrupted_one(inputs, tmp_path, name):
+    options = {**NO_NORM, "schedule": {**SHORT, "name": name}, "trainer": {"epochs": 4}}
+    whole, rest = Rates(tmp_path / "half.ckpt"), Rates()
+    with quiet():
+        setup = set_up_run(inputs, **options)
+        setup.trainer([whole]).fit(setup.module, datamodule=setup.data_module())
+        again = set_up_run(inputs, **options)
+        again.trainer([rest]).fit(
+            again.module, datamodule=again.data_module(), ckpt_path=tmp_path / "half.ckpt", weights_only=True
+        )
+    assert len(whole.rates) == 12 and len(rest.rates) == 6
+    assert rest.rates == whole.rates[6:]
+    assert rest.groups == whole.groups[6:]
+    assert again.module.val_losses == setup.module.val_losses
+    losses = setup.module.val_losses
+    arguments = setup.module.schedule_arguments
+    peak = setup.module.peak_rate
+    assert whole.rates == [peak * factor(step, losses[: step // 3], **arguments) for step in range(12)]
+    if name == "plateau":
+        assert whole.rates[-1] == 0.5 * peak  # without the losses of the first half it would not have fallen
+    if name != "constant":
+        assert len(set(whole.rates[1:])) > 1
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_trains(inputs, tmp_path, name):
+    schedule = {**SHORT, "name": name}
+    logged = []
+    result = train(
+        inputs,
+        tmp_path / "a",
+        log=lambda metrics, step: logged.append((step, metrics)),
+        schedule=schedule,
+        batch={"noise_microbatches": 0},
+        **NO_NORM,
+    )
+    arguments = factor_arguments(sections(schedule=schedule)["schedule"].model_dump(), total_steps=6, steps_per_epoch=3)
+    losses = [row.val_loss for row in result.rows]
+    expected = [0.05 * factor(step, losses[: step // 3], **arguments) for step in (2, 5)]
+    assert [row.lr for row in result.rows] == pytest.approx(expected, rel=1e-12)
+    momenta = [metrics["momentum"] for _, metrics in logged if "momentum" in metrics]
+    cycle = [momentum_at(step, **arguments) for step in (2, 5)]
+    assert momenta == ([] if cycle[0] is None else pytest.approx(cycle))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "key"),
+    [
+        ({"name": "SGD"}, "momentum"),
+        ({"name": "AdamW"}, "betas"),
+        ({"name": "RMSprop", "RMSprop": {"momentum": 0.5}}, "momentum"),
+        ({"name": "RMSprop"}, None),
+        ({"name": "Adagrad"}, None),
+    ],
+)
+def test_momentum_runs_against_the_rate_where_there_is_one(inputs, optimizer, key):
+    setup = set_up_run(inputs, schedule={**SHORT, "name": "one_cycle"}, optimizer=optimizer, **NO_NORM)
+
+    class Groups(pl.Callback):
+        seen = []
+
+        def on_train_batch_end(self, trainer, *_):
+            self.seen.append([dict(group) for group in trainer.optimizers[0].param_groups])
+
+    before = [dict(g) for g in setup.module.configure_optimizers().param_groups]
+    watch = Groups()
+    watch.seen = []
+    with quiet():
+        setup.trainer([watch]).fit(setup.module, datamodule=setup.data_module())
+    expected = [momentum_at(step, **setup.module.schedule_arguments) for step in range(6)]
+    assert expected[0] == 0.95 and min(expected) < 0.88
+    for step, groups in enumerate(watch.seen):
+        for group, first in zip(groups, before, strict=True):
+            if key == "momentum":
+                assert group["momentum"] == expected[step]
+            elif key == "betas":
+                assert group["betas"] == (expected[step], first["betas"][1])
+            else:
+                assert group.get("momentum") == first.get("momentum") and group.get("betas") == first.get("betas")
+            assert group.get("nesterov") == first.get("nesterov")
+    assert ("momentum" in setup.module.figures) == (key is not None)
+
+
+def test_the_schedule_is_drawn_before_training(inputs, tmp_path):
+    events = []
+
+    class First(pl.Callback):
+        def on_train_batch_start(self, *_):
+            events.append("step")
+
+    train(
+        inputs,
+        tmp_path / "a",
+        callbacks=(ScheduleCurve(lambda name, panels: events.append((name, panels))), First()),
+        schedule={**SHORT, "name": "one_cycle"},
+        **NO_NORM,
+    )
+    name, panels = events[0]
+    assert name == "schedule.png" and events[1:] == ["step"] * 6
+    rate, momentum = json.loads(json.dumps(panels))
+    assert rate["lines"][0]["x"] == momentum["lines"][0]["x"] == list(range(6))
+    assert max(rate["lines"][0]["y"]) > 0.04 and momentum["lines"][0]["y"][0] == 0.95
+    events.clear()
+    draw = ScheduleCurve(lambda name, panels: events.append(len(panels)))
+    options = {"schedule": {**SHORT, "name": "one_cycle"}, "optimizer": {"name": "Adagrad"}}
+    train(inputs, tmp_path / "b", callbacks=(draw,), **options, **NO_NORM)
+    assert events == [1]  # no momentum, none drawn
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"batch": {"lr_scaling": "linear", "reference_size": 32}, "schedule": {"warmup": {"length": 0.0}}},
+            r"batch\.lr_scaling: found linear.*batch.size 64 2 times.*allowed: with schedule\.warmup\.length 0\.05",
+        ),
+        (
+            {"trainer": {"early_stopping": {"patience": 2, "min_delta": 0.0}}, "schedule": {"name": "plateau"}},
+            r"trainer\.early_stopping\.patience: found 2",
+        ),
+        ({"schedule": {"name": "trapezoid", "trapezoid": {"decay": 0.01}}}, r"schedule\.trapezoid\.decay: found 0\.01"),
+    ],
+)
+def test_schedules_that_cannot_work_stop_before_any_work(inputs, tmp_path, overrides, message):
+    with pytest.raises(ParamsError, match=message):
+        train(inputs, tmp_path / "a", **overrides)
+    assert list(tmp_path.iterdir()) == []
+    chosen = sections(**overrides)
+    chosen = {name: chosen[name] for name in inspect.signature(check_recipe).parameters if name in chosen}
+    preprocess = params.parse(
+        params.read_yaml(Path(__file__).parents[1] / "params.yaml"), {"preprocess": PreprocessConfig}
+    )
+    with pytest.raises(ParamsError, match=message):
+        check_recipe(**chosen, **preprocess, num_train=150)

@@ -12,17 +12,23 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from anneal.params import ParamsError, Strict
-from anneal.schedules import LengthField
 from anneal.seeding import generator
 
 Key = tuple[int, int]
 """(epoch, microbatch): what all randomness of a microbatch is drawn from, whichever process computes it."""
 
 
+GrowthPoint = Annotated[
+    Annotated[float, Field(gt=0, lt=1)] | Annotated[str, Field(pattern=r"^[1-9][0-9]* epochs?$")],
+    Field(json_schema_extra={"allowed": "a fraction of the run between 0 and 1 | N epochs, N whole"}),
+]
+"""Where the batch grows: always at the start of an epoch, never of the first."""
+
+
 class GrowthConfig(Strict):
     """``batch.growth``: multiply the batch by ``factor`` at each point of ``at`` (Smith et al. 2018); an empty list is off."""
 
-    at: list[LengthField]
+    at: list[GrowthPoint]
     factor: Annotated[int, Field(ge=2)]
 
 
@@ -39,8 +45,7 @@ class BatchConfig(Strict):
     @model_validator(mode="after")
     def _whole_accumulation(self) -> BatchConfig:
         if self.size % self.microbatch:
-            divisors = [d for d in range(1, self.size + 1) if self.size % d == 0]
-            best = min(divisors, key=lambda d: abs(d - self.microbatch))
+            (best,) = _nearest(_divisors(self.size), self.microbatch)
             raise ValueError(
                 f"microbatch: found {self.microbatch}, which does not divide size {self.size}, "
                 f"allowed: a divisor of size, nearest {best}"
@@ -143,16 +148,8 @@ def plan(*, size: int, microbatch: int, devices: int, num_nodes: int, num_sample
             ]
         )
     world_size = devices * num_nodes
-    together = microbatch * world_size
-    if size % together:
-        lower, upper = size // together * together, -(-size // together) * together
-        choices = " or ".join(str(value) for value in (lower, upper) if value)
-        raise ParamsError(
-            [
-                f"batch.size: found {size}, which batch.microbatch {microbatch} x {devices} devices x {num_nodes} nodes = "
-                f"{together} does not divide; nearest valid: batch.size {choices}"
-            ]
-        )
+    if size % (microbatch * world_size):
+        raise ParamsError([_indivisible(size, microbatch, devices, num_nodes, num_samples)])
     per_window = size // microbatch
     windows, rest = divmod(num_samples, size)
     if rest == 1:
@@ -168,6 +165,32 @@ def plan(*, size: int, microbatch: int, devices: int, num_nodes: int, num_sample
         microbatches_per_epoch=windows * per_window + last,
         rounds_per_epoch=windows * per_window // world_size + -(-last // world_size),
     )
+
+
+def _indivisible(size: int, microbatch: int, devices: int, num_nodes: int, num_samples: int) -> str:
+    """Say which value of which key, nearest to what was found, would make the accumulation whole."""
+    together = microbatch * devices * num_nodes
+    sizes = [n for n in (size // together * together, -(-size // together) * together) if 0 < n <= num_samples]
+    parts = [m for m in _divisors(size) if size % (m * devices * num_nodes) == 0]
+    counts = [n for n in _divisors(size) if size % (microbatch * n * num_nodes) == 0]
+    choices = {
+        "batch.size": sizes,
+        "batch.microbatch": _nearest(parts, microbatch),
+        "hardware.devices": _nearest(counts, devices),
+    }
+    text = "; ".join(f"{key} {' or '.join(map(str, values))}" for key, values in choices.items() if values)
+    return (
+        f"batch.size: found {size}, which batch.microbatch {microbatch} x {devices} devices x {num_nodes} nodes = "
+        f"{together} does not divide; nearest valid: {text or 'fewer hardware.num_nodes'}"
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _nearest(values: list[int], target: int) -> list[int]:
+    return sorted(values, key=lambda value: (abs(value - target), -value))[:1]
 
 
 @dataclass(frozen=True)
@@ -231,14 +254,14 @@ def plan_run(
         Of the run.
     growth_at
         Points of the run from which on ``size`` is multiplied by ``growth_factor`` (once more at each): fractions of
-        ``epochs`` rounded to whole epochs, or ``"5 epochs"``.
+        ``epochs`` rounded to whole epochs, at least one, or ``"5 epochs"``.
     growth_factor
         At least 2.
 
     Raises
     ------
     ParamsError
-        As for `plan`; or a batch grows between the steps of an epoch, or beyond the training split.
+        As for `plan`; or a batch grows beyond the training split, or after the end of the run.
 
     Examples
     --------
@@ -248,7 +271,7 @@ def plan_run(
     """
     starts = [_whole_epochs(point, epochs) for point in growth_at]
     plans: dict[int, BatchPlan] = {}
-    for grown in range(len(starts) + 1):
+    for grown in sorted({sum(start <= epoch for start in starts) for epoch in range(epochs)}):
         try:
             plans[grown] = plan(
                 size=size * growth_factor**grown,
@@ -260,25 +283,30 @@ def plan_run(
         except ParamsError:
             if not grown:
                 raise
+            most = max(n for n in range(grown) if size * growth_factor**n <= num_samples)
             raise ParamsError(
                 [
-                    f"batch.growth: found {len(starts)} times x {growth_factor}, which makes {size} into "
-                    f"{size * growth_factor**grown}, but the training split has {num_samples} images; allowed: "
-                    f"at most {grown - 1} times"
+                    f"batch.growth.at: found {len(growth_at)} points, which by factor {growth_factor} make batch.size {size} "
+                    f"into {size * growth_factor**grown}, but the training split has {num_samples} images; allowed: "
+                    f"at most {most} points"
                 ]
             ) from None
     return RunPlan(tuple(plans[sum(start <= epoch for start in starts)] for epoch in range(epochs)))
 
 
 def _whole_epochs(point: float | str, epochs: int) -> int:
-    if isinstance(point, str):
-        number, unit = point.split()
-        if not unit.startswith("epoch") or not float(number).is_integer():
-            raise ParamsError(
-                [f"batch.growth.at: found {point!r}, allowed: a fraction of the run from 0 to 1 | N epochs, N whole"]
-            )
-        return int(float(number))
-    return math.floor(point * epochs + 0.5)
+    """Return the epoch, from 0, at whose start the batch grows; a fraction is rounded (halves up), but not to the first."""
+    if not isinstance(point, str):
+        return max(1, math.floor(point * epochs + 0.5))
+    start = int(point.split()[0])
+    if start >= epochs > 1:
+        raise ParamsError(
+            [
+                f"batch.growth.at: found {point!r}, but the run ends after {epochs} epochs; allowed: at most "
+                f"{epochs - 1} epochs, or a fraction of the run such as 0.5"
+            ]
+        )
+    return start
 
 
 def devices_that_divide(available: int, *, size: int, microbatch: int, num_nodes: int = 1) -> int:

@@ -1,4 +1,4 @@
-"""The few commands that are not stages: check, recipe, summary, prune, predict, ui."""
+"""The few commands that are not stages: check, recipe, lr-range, microbatch, study, summary, prune, predict, ui."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anneal import params
 from anneal.params import ParamsError, UserError
+
+if TYPE_CHECKING:
+    from anneal.batching import RunPlan
+    from anneal.schedules import Course
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,8 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "run" not in options:
         parser.print_help()
         return 2
-    options.run(options)
-    return 0
+    return options.run(options) or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,11 +38,39 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="validate params.yaml and print what it resolves to, without training")
     check.add_argument("--brief", action="store_true", help="print one line where all is well")
+    check.add_argument(
+        "--plot",
+        nargs="?",
+        const="studies/schedule.png",
+        metavar="FILE",
+        help="draw the learning rate of every step (default studies/schedule.png)",
+    )
     check.set_defaults(run=_check)
 
     recipe = commands.add_parser("recipe", help="list ready-made recipes, or write one into params.yaml")
     recipe.add_argument("name", nargs="?", metavar="NAME", help="the recipe to write")
     recipe.set_defaults(run=_recipe)
+
+    test = commands.add_parser("lr-range", help="find a learning rate by a range test; see docs/learning-rate.md")
+    test.add_argument("--member", metavar="NAME", help="of ensemble.members; default the first")
+    test.add_argument("--start", type=float, metavar="LR", help="lowest rate, default 1e-5")
+    test.add_argument("--stop", type=float, metavar="LR", help="highest rate, default 10")
+    test.add_argument("--steps", type=int, metavar="N", help="optimizer steps from the one to the other, default 100")
+    test.set_defaults(run=_lr_range)
+
+    find = commands.add_parser("microbatch", help="find the largest microbatch that fits a GPU, or a CPU's fastest")
+    find.add_argument("--member", metavar="NAME", help="of ensemble.members; default the first")
+    find.add_argument("--write", action="store_true", help="write it into params.yaml without asking")
+    find.set_defaults(run=_microbatch)
+
+    study = commands.add_parser("study", help="make a phenomenon of training visible; see docs/studies.md")
+    study.add_argument("name", nargs="?", metavar="NAME", help="the study to run; without it they are listed")
+    study.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each setting (default 3)")
+    study.add_argument(
+        "--current", action="store_true", help="vary params.yaml on its own data, not a recipe on digits"
+    )
+    study.add_argument("--fresh", action="store_true", help="forget the runs of an earlier, interrupted call")
+    study.set_defaults(run=_study)
 
     summary = commands.add_parser("summary", help="print the figures of the last run and what to try next")
     summary.set_defaults(run=_summary)
@@ -67,7 +98,7 @@ def _check(options: argparse.Namespace) -> None:
 
     values = params.load()
     checked = recipe.validate(values)
-    lines = _resolved(values, checked)
+    lines, courses = _resolved(values, checked)
     if options.brief:
         print("params.yaml is valid")
     else:
@@ -75,14 +106,30 @@ def _check(options: argparse.Namespace) -> None:
         width = max(len(name) for name, _ in lines)
         for name, text in lines:
             print(f"  {name:<{width}}  {text}")
+    if options.plot is not None:
+        _plot(courses, Path(options.plot))
 
 
-def _resolved(values: dict[str, Any], recipe: Any) -> list[tuple[str, str]]:
-    """Return the derived values, after the checks that need the data or a library's signatures."""
+def _plot(courses: dict[str, Course], path: Path) -> None:
+    from anneal.reporting.lines import draw_panels, from_values
+    from anneal.schedules import course_panels
+
+    if path.suffix != ".png":
+        raise UserError(f"--plot: found {path}, allowed: a file that ends in .png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_panels(from_values(course_panels(courses)), path)
+    except OSError as error:
+        raise UserError(f"--plot: {path}: {error.strerror}") from None
+    print(f"drew {path}")
+
+
+def _resolved(values: dict[str, Any], recipe: Any) -> tuple[list[tuple[str, str]], dict[str, Course]]:
+    """Return the derived values, after the checks that need the data or a library's signatures; and members' schedules."""
     from anneal.batching import plan_run
     from anneal.conflicts import check_recipe
     from anneal.preprocess import planned_classes
-    from anneal.schedules import length_in_steps, scaled_rate
+    from anneal.schedules import Course, factor_arguments, scaled_rate
     from anneal.sources import check_outs, open_source
 
     if not isinstance(recipe.augment.policy, str):
@@ -101,12 +148,15 @@ def _resolved(values: dict[str, Any], recipe: Any) -> list[tuple[str, str]]:
         ("data", f"{recipe.data.path} ({source.format}): {_counted(counts)}; {num_classes} classes"),
         ("images", f"{recipe.preprocess.size} x {recipe.preprocess.size}, {recipe.preprocess.normalize}"),
     ]
+    courses: dict[str, Course] = {}
     for name in recipe.ensemble.members:
         merged = params.member(values, name)
         sections = params.parse(merged, {key: type(getattr(recipe, key)) for key in _TRAINING})
         try:
             check_recipe(
                 model=sections["model"],
+                init=sections["init"],
+                optimizer=sections["optimizer"],
                 schedule=sections["schedule"],
                 batch=sections["batch"],
                 regularization=sections["regularization"],
@@ -134,18 +184,47 @@ def _resolved(values: dict[str, Any], recipe: Any) -> list[tuple[str, str]]:
         rate = optimizer.arguments["lr"]
         if rate != "auto":
             scaling = {"scaling": batch.lr_scaling, "size": batch.size, "reference_size": batch.reference_size}
-            rate = f"{scaled_rate(rate, **scaling):g}"
+            rate = scaled_rate(rate, **scaling)
         total = run.total_steps
-        warmup = length_in_steps(schedule.warmup.length, total_steps=total, steps_per_epoch=run.epoch_steps)
+        arguments = factor_arguments(schedule.model_dump(), total_steps=total, steps_per_epoch=run.epoch_steps)
+        courses[name] = Course(arguments, None if rate == "auto" else rate, run.epoch_steps)
         lines.append(
             (
                 f"member {name}",
-                f"seed {merged['seed']}; {sections['model'].name}; batch {batch.size} = {batch.microbatch} x {devices} "
-                f"device{'s' * (devices > 1)} x {run[0].accumulation} accumulated; {run[0].steps_per_epoch:,} steps an epoch, "
-                f"{total:,} steps in all; {optimizer.name}, peak rate {rate}, warm-up {warmup} steps, then {schedule.name}",
+                f"seed {merged['seed']}; {sections['model'].name}; {_batch_in_words(run, devices)}, "
+                f"{total:,} steps in all; {optimizer.name}, {_in_words(courses[name])}",
             )
         )
-    return lines
+    return lines, courses
+
+
+def _batch_in_words(run: RunPlan, devices: int) -> str:
+    """Say what makes up a batch, and what it grows to."""
+    first = run[0]
+    text = f"batch {first.size} = {first.microbatch} x {devices} device{'s' * (devices > 1)} x {first.accumulation} accumulated"
+    for epoch in range(1, len(run)):
+        if run[epoch] != run[epoch - 1]:
+            text += f", {run[epoch].size} from epoch {epoch + 1}"
+    steps = dict.fromkeys(run.epoch_steps)
+    return f"{text}; {', later '.join(f'{number:,}' for number in steps)} steps an epoch"
+
+
+def _in_words(course: Course) -> str:
+    """Say what the rate will do."""
+    from anneal.schedules import factor, momentum_at
+
+    arguments = course.arguments
+    name, total = arguments["name"], arguments["total_steps"]
+    text = "peak rate " + ("auto" if course.peak is None else f"{course.peak:g}")
+    text += f", warm-up {arguments['warmup_steps']} steps, then {name}"
+    if name == "plateau":
+        curve = arguments["arguments"]
+        return f"{text}: x {curve['gamma']:g} after {curve['patience'] + 1} epochs without a lower validation loss"
+    end = factor(total - 1, **arguments)
+    text += f" to {end:.2g} x peak" if course.peak is None else f" to {course.peak * end:.2g}"
+    if (momentum := momentum_at(0, **arguments)) is not None:
+        text += f", momentum {momentum:g} to {arguments['arguments']['momentum'][1]:g} and back"
+    return text
 
 
 _TRAINING = [name for name in params.MEMBER_SECTIONS if name != "seed"]
@@ -173,6 +252,118 @@ def _recipe(options: argparse.Namespace) -> None:
     path = params.read_yaml("params.yaml")["data"]["path"]
     if not Path(path).exists():
         print(f"\nnext: put your images at {path}, or set data.path; docs/data.md says how")
+
+
+# ---- lr-range -------------------------------------------------------------------------------------------------------
+
+
+def _lr_range(options: argparse.Namespace) -> int:
+    from anneal import recipe, tracking
+
+    values = params.load()
+    checked = recipe.validate(values)
+    name = options.member or next(iter(values["ensemble"]["members"]))
+    merged = params.member(values, name)
+    sections = params.parse(merged, {key: type(getattr(checked, key)) for key in (*_TRAINING, "hardware")})
+    del sections["averaging"]
+    data, augmented = Path("data/processed"), Path("data/augmented")
+    for file in (data / "dataset.json", augmented / "policy.json"):
+        if not file.exists():
+            raise UserError(f"{file}: no such file; run `dvc repro augment` first")
+    chosen = {"start": options.start, "stop": options.stop, "num_steps": options.steps}
+
+    from anneal.reporting.lr_range import in_words, write
+    from anneal.training.lr_range import lr_range
+
+    with tracking.stage_run(values, "lr-range", member=name) as run:
+        result = lr_range(
+            name=name,
+            store=data,
+            augmented=augmented,
+            seed=merged["seed"],
+            **sections,
+            **{key: value for key, value in chosen.items() if value is not None},
+        )
+        files = write(result, Path("studies/lr-range"), name)
+        for step, (lr, loss, smoothed) in enumerate(zip(result.rates, result.losses, result.smoothed, strict=True), 1):
+            run.metrics({"lr": lr, "loss": loss, "smoothed": smoothed}, step)
+        if result.suggestion is not None:
+            run.metrics({"lr_suggestion": result.suggestion})
+        else:
+            run.tag("verdict", result.reason)
+        run.picture("lr-range.png", result.panels())
+        run.artifact(files[1])
+    optimizer, batch = sections["optimizer"], sections["batch"]
+    print(f"{name}: {optimizer.name}, seed {merged['seed']}")
+    lr = optimizer.arguments["lr"]
+    print(in_words(result, optimizer=optimizer.name, lr=lr, size=batch.size, scaling=batch.lr_scaling))
+    print("  wrote " + ", ".join(map(str, files)))
+    return int(result.suggestion is None)
+
+
+# ---- microbatch -----------------------------------------------------------------------------------------------------
+
+
+def _microbatch(options: argparse.Namespace) -> None:
+    from anneal import recipe
+
+    values = params.load()
+    checked = recipe.validate(values)
+    members = values["ensemble"]["members"]
+    name = options.member or next(iter(members))
+    merged = params.member(values, name)
+    sections = params.parse(merged, {key: type(getattr(checked, key)) for key in (*_TRAINING, "hardware")})
+    del sections["averaging"]
+
+    from anneal.microbatch import find_microbatch
+
+    found = find_microbatch(
+        store=Path("data/processed"),
+        augmented=Path("data/augmented"),
+        seed=merged["seed"],
+        **sections,
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print("\n".join(found.lines()))
+    if found.proposal == found.current:
+        return
+    key = "batch.microbatch"
+    if "batch" in (members[name] or {}):
+        key = f"ensemble.members.{name}.{key}"
+    if not options.write:
+        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+            more = f" --member {options.member}" if options.member else ""
+            print(f"\nnothing written; to write it: anneal microbatch{more} --write, or set {key}: {found.proposal}")
+            return
+        if input(f"\nwrite {key}: {found.proposal} into params.yaml? [y/N] ").strip().lower() not in ("y", "yes"):
+            print("nothing written")
+            return
+    print(recipe.set_value(key, found.proposal).rstrip())
+
+
+# ---- study ----------------------------------------------------------------------------------------------------------
+
+
+def _study(options: argparse.Namespace) -> None:
+    from anneal.studies.catalog import STUDIES, estimate, find
+
+    if options.name is None:
+        values = params.load()
+        width = max(map(len, STUDIES))
+        for name, study in STUDIES.items():
+            runs, seconds = estimate(study, values, options.seeds)
+            print(f"  {name:<{width}}  {study.question}")
+            print(f"  {'':<{width}}  {runs} runs, about {seconds:.0f} s on one core")
+        print("\nrun one on digits: anneal study NAME; on your own data and recipe: anneal study NAME --current")
+        return
+    study, values = find(options.name), params.load()
+
+    from anneal.studies.run import run_study
+
+    for line in run_study(study, values, seeds=options.seeds, current=options.current, fresh=options.fresh):
+        print(f"- {line}")
+    folder = f"studies/{study.name}{'-current' if options.current else ''}"
+    print(f"\nsee {folder}/figure.png, {folder}/results.csv and MLflow's run `study {study.name}`; docs/studies.md")
 
 
 # ---- summary --------------------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def summarize(runs: Mapping[str, Run]) -> dict[str, Any]:
 
 
 def read_history(path: Path) -> History:
-    """Read history.csv.
+    """Read history.csv; an empty cell, of what was not measured in that epoch, is NaN.
 
     Raises
     ------
@@ -144,7 +144,7 @@ def read_history(path: Path) -> History:
         raise UserError(f"{path}: missing; run `dvc repro` to train this member first") from None
     if not rows:
         raise UserError(f"{path}: holds no epoch; run `dvc repro --force train@{path.parent.name}`")
-    return {name: [float(row[name]) for row in rows] for name in rows[0]}
+    return {name: [float(row[name] or "nan") for row in rows] for name in rows[0]}
 
 
 # ---- rules ----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,11 +129,54 @@ def apply(name: str, params: Path | str = "params.yaml", folder: Path | str = "r
     UserError
         No such recipe, or its values do not pass the schema; params.yaml is then left as it was.
     """
-    from ruamel.yaml import YAML
-
     names = shipped(folder)
     if name not in names:
         raise UserError(f"recipe {name!r}: not in {folder}/; there are {', '.join(names)}{nearest(name, names)}")
+    path = Path(folder) / f"{name}.yaml"
+    read_yaml(path)
+
+    def edit(tree: Any, round_trip: Any) -> None:
+        _assign(tree, round_trip.load(path.read_text(encoding="utf-8")))
+
+    return _rewrite(params, f"{params} with {name}", edit)
+
+
+def set_value(key: str, value: Any, params: Path | str = "params.yaml") -> str:
+    """Write one value into params.yaml, keeping its comments and all other keys.
+
+    Parameters
+    ----------
+    key
+        Its place with dots, e.g. ``batch.microbatch``; the mapping that holds it has to exist.
+    value
+        A plain value.
+    params
+        The file.
+
+    Returns
+    -------
+    str
+        The unified diff of params.yaml, empty where nothing changed.
+
+    Raises
+    ------
+    UserError
+        The value does not pass the schema; params.yaml is then left as it was.
+    """
+
+    def edit(tree: Any, _: Any) -> None:
+        *parents, leaf = key.split(".")
+        for name in parents:
+            tree = tree[name]
+        tree[leaf] = value
+
+    return _rewrite(params, f"{params} with {key}: {value}", edit)
+
+
+def _rewrite(params: Path | str, label: str, edit: Callable[[Any, Any], None]) -> str:
+    """Edit params.yaml as a tree, check the whole and write it; return the unified diff."""
+    from ruamel.yaml import YAML
+
     round_trip = YAML()
     round_trip.preserve_quotes = True
     round_trip.width = 4096
@@ -143,17 +186,12 @@ def apply(name: str, params: Path | str = "params.yaml", folder: Path | str = "r
     read_yaml(params)  # says in our words what is wrong with the file
     old = Path(params).read_text(encoding="utf-8")
     tree = round_trip.load(old)
-    path = Path(folder) / f"{name}.yaml"
-    read_yaml(path)
-    _assign(tree, round_trip.load(path.read_text(encoding="utf-8")))
+    edit(tree, round_trip)
     buffer = io.StringIO()
     round_trip.dump(tree, buffer)
     new = buffer.getvalue()
-    plain = YAML(typ="safe", pure=True).load(new)
-    validate(plain)
-    diff = difflib.unified_diff(
-        old.splitlines(keepends=True), new.splitlines(keepends=True), str(params), f"{params} with {name}", n=1
-    )
+    validate(YAML(typ="safe", pure=True).load(new))
+    diff = difflib.unified_diff(old.splitlines(keepends=True), new.splitlines(keepends=True), str(params), label, n=1)
     text = "".join(diff)
     if text:
         write_text(params, new)

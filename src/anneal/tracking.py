@@ -1,4 +1,4 @@
-"""MLflow: one parent run for a recipe on a data set, one child run a stage execution.
+"""MLflow: one parent run for a recipe on a data set, one child run a stage execution; and the runs of a study.
 
 A stage talks to MLflow through a process of its own, which `stage_run` starts and feeds one JSON line a call. So
 importing mlflow and waiting for a server cost the stage nothing, no fault there can stop it, and when the stage is
@@ -77,6 +77,7 @@ COLUMNS = (
     "metrics.`val/accuracy`",
     "params.`model.name`",
     "params.`optimizer.name`",
+    "params.`schedule.name`",
     "params.`augment.policy`",
     "attributes.`Models`",
 )
@@ -129,14 +130,44 @@ def stage_run(
         Continue the last run of this stage and member that did not finish, where there is one.
     """
     run = Run()
-    if not any(os.environ.get(name, "0") not in ("", "0") for name in RANKS):
-        try:
-            run._open(values, stage, member, data, outs, resume)
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            run._fault(error)
+    run._open(
+        values,
+        "start",
+        stage=stage,
+        member=member,
+        data=None if data is None else str(data),
+        outs=[Path(out).as_posix() for out in outs],
+        resume=resume,
+    )
+    with _ended(run):
+        yield run
+
+
+@contextmanager
+def study_run(values: Mapping[str, Any], study: str, *, key: str) -> Iterator[Run]:
+    """Give the MLflow run of a study, which `Run.child` puts its runs below; it ends, and is as safe, as `stage_run`.
+
+    Parameters
+    ----------
+    values
+        Whole params that all runs of the study share but for what each changes.
+    study
+        Name of the study.
+    key
+        Fingerprint of all its runs: where there is a run of this key already, that one is continued.
+    """
+    run = Run()
+    run._open(values, "start_study", study=study, key=key)
+    with _ended(run):
+        yield run
+
+
+@contextmanager
+def _ended(run: Run) -> Iterator[None]:
+    """End a run as the block ends: FINISHED, FAILED or KILLED."""
     status, reason = "FAILED", ""
     try:
-        yield run
+        yield
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -152,7 +183,7 @@ def stage_run(
 
 
 class Run:
-    """One stage execution in MLflow; every method returns at once and is safe whatever the state of the store.
+    """One stage execution, or one study, in MLflow; every method returns at once and is safe whatever the state of the store.
 
     Files that are given to it must stay as they are until the stage ends.
     """
@@ -231,15 +262,56 @@ class Run:
         answer = self._answer(PATIENCE_MODEL)
         return json.loads(answer) if answer and answer != b"\n" else None
 
-    def _open(
+    def describe(self, text: str) -> None:
+        """Set the text of this run's page, in Markdown."""
+        self.tag(NOTE, text)
+
+    def child(
         self,
-        values: Mapping[str, Any],
-        stage: str,
-        member: str | None,
-        data: Path | None,
-        outs: Sequence[Path],
-        resume: bool,
+        label: str,
+        *,
+        key: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        series: Sequence[Mapping[str, Any]],
+        began: int,
+        ended: int,
     ) -> None:
+        """Log a run of a study, which has ended, below the study's run; once where the study is continued.
+
+        Parameters
+        ----------
+        label
+            Name of the run.
+        key
+            Its fingerprint, by which it is known again.
+        params, tags
+            Of the run.
+        series
+            Mappings with ``step`` and ``values`` (metrics by name).
+        began, ended
+            Milliseconds since 1970.
+        """
+        self._send(
+            "child",
+            label=label,
+            key=key,
+            values=params,
+            tags=tags,
+            series=list(series),
+            began=began,
+            ended=ended,
+        )
+
+    def _open(self, values: Mapping[str, Any], call: str, **arguments: Any) -> None:
+        if any(os.environ.get(name, "0") not in ("", "0") for name in RANKS):
+            return
+        try:
+            self._start(values, call, **arguments)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            self._fault(error)
+
+    def _start(self, values: Mapping[str, Any], call: str, **arguments: Any) -> None:
         self._uri = tracking_uri(values["tracking"]["uri"])
         source = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -251,15 +323,11 @@ class Run:
             start_new_session=True,  # Ctrl-C in the terminal is for the stage, which then says how its run ended
         )
         self._send(
-            "start",
+            call,
             params=values,
             uri=self._uri,
             root=str(repository()),
-            stage=stage,
-            member=member,
-            data=None if data is None else str(data),
-            outs=[Path(out).as_posix() for out in outs],
-            resume=resume,
+            **arguments,
             script=os.path.relpath(sys.argv[0]),
             pid=os.getpid(),
             time=_now(),
@@ -537,7 +605,7 @@ def _serve() -> None:
 
 
 class _Session:
-    """One stage execution, seen from the process that talks to MLflow."""
+    """One stage execution, or one study, seen from the process that talks to MLflow."""
 
     def __init__(self, calls: queue.SimpleQueue[tuple[str, dict[str, Any]]], errors: Any) -> None:
         self.calls = calls
@@ -550,6 +618,7 @@ class _Session:
         self.monitor: Any = None
         self.inputs: dict[str, DatasetInput] = {}
         self.waiting: list[Metric] = []
+        self.logged: set[str] = set()
 
     def call(self, name: str, arguments: dict[str, Any]) -> Any:
         """Carry out one call; a fault is said once, and ends the tracking where the store is out of reach."""
@@ -589,18 +658,8 @@ class _Session:
         pid: int,
         time: int,
     ) -> None:
-        self.uri, self.root, self.params = uri, Path(root), params
         self.stage, self.member, self.outs = stage, member, outs
-        self.began, self.process = time, _process_name(pid)
-        import mlflow
-
-        mlflow.set_tracking_uri(uri)
-        with self.lock():
-            self.open_database()
-            self.client: MlflowClient = mlflow.MlflowClient()
-            self.experiment_id = self.find_experiment(params["tracking"]["experiment"])
-        self.tags = {**_git_tags(), **_dvc_tags(), "mlflow.user": _user(), "mlflow.source.name": script}
-        self.tags["mlflow.source.type"] = "LOCAL"
+        self.connect(params, uri, root, script, pid, time)
         earlier: list[Record] = []
         if data is not None and (Path(data) / "dataset.json").is_file():
             self.info = json.loads((Path(data) / "dataset.json").read_text(encoding="utf-8"))
@@ -618,6 +677,40 @@ class _Session:
             self.client.update_run(self.parent_id, status="RUNNING")
             self.data_set(str(data))
         self.start_monitor()
+
+    def start_study(
+        self, params: dict[str, Any], uri: str, root: str, study: str, key: str, script: str, pid: int, time: int
+    ) -> None:
+        self.stage, self.member, self.outs = "study", None, []
+        self.connect(params, uri, root, script, pid, time)
+        self.tags |= {"stage": "study", "study": study}
+        earlier = self.search(f"tags.`study.key` = '{key}'")
+        if earlier:
+            self.run_id = earlier[-1].info.run_id
+            self.client.update_run(self.run_id, status="RUNNING")
+            self.client.set_tag(self.run_id, "process", self.process)
+            if "error" in earlier[-1].data.tags:
+                self.client.delete_tag(self.run_id, "error")
+            self.logged = {
+                run.data.tags.get("run.key", "") for run in self.search(f"tags.`{PARENT}` = '{self.run_id}'")
+            }
+            return
+        tags = {**self.tags, "study.key": key, "process": self.process}
+        self.run_id = self.client.create_run(self.experiment_id, time, tags, f"study {study}").info.run_id
+        self.log_params(self.run_id, flat_params(params))
+
+    def connect(self, params: dict[str, Any], uri: str, root: str, script: str, pid: int, time: int) -> None:
+        self.uri, self.root, self.params = uri, Path(root), params
+        self.began, self.process = time, _process_name(pid)
+        import mlflow
+
+        mlflow.set_tracking_uri(uri)
+        with self.lock():
+            self.open_database()
+            self.client: MlflowClient = mlflow.MlflowClient()
+            self.experiment_id = self.find_experiment(params["tracking"]["experiment"])
+        self.tags = {**_git_tags(), **_dvc_tags(), "mlflow.user": _user(), "mlflow.source.name": script}
+        self.tags["mlflow.source.type"] = "LOCAL"
 
     def lock(self) -> Any:
         """Return a file lock that all processes of this machine share which use the same store."""
@@ -772,6 +865,29 @@ class _Session:
             self.log_metrics(self.parent_id, values, 0, time)
             known = self.client.get_run(self.parent_id).data.metrics
             self.client.set_tag(self.parent_id, NOTE, _description(self.params, known))
+
+    def child(
+        self,
+        label: str,
+        key: str,
+        values: dict[str, Any],
+        tags: dict[str, str],
+        series: list[dict[str, Any]],
+        began: int,
+        ended: int,
+    ) -> None:
+        from mlflow.entities import Metric
+
+        if key in self.logged:
+            return
+        run = self.client.create_run(self.experiment_id, began, {**self.tags, **tags, PARENT: self.run_id}, label)
+        run_id = run.info.run_id
+        self.log_params(run_id, flat_params(values))
+        metrics = [Metric(k, float(v), ended, row["step"]) for row in series for k, v in row["values"].items()]
+        for start in range(0, len(metrics), 1000):  # MLflow's limit a call
+            self.client.log_batch(run_id, metrics=metrics[start : start + 1000])
+        self.client.set_terminated(run_id, "FINISHED", ended)
+        self.client.set_tag(run_id, "run.key", key)  # last, so that only a whole run counts as logged
 
     def tag(self, key: str, value: str) -> None:
         self.client.set_tag(self.run_id, key, value)

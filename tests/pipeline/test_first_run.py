@@ -29,6 +29,8 @@ def test_every_out_is_there(digits: Clone) -> None:
         "models/a/weights.safetensors",
         "models/a/model.json",
         "models/c/history.csv",
+        "models/c/steps.csv",
+        "models/c/layers.csv",
         "reports/data.json",
         "reports/diagnosis.json",
         "reports/predictions.parquet",
@@ -40,7 +42,7 @@ def test_every_out_is_there(digits: Clone) -> None:
     assert list((digits.path / "reports/preprocessing").glob("*.png"))
     with (digits.path / "models/a/history.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0])[:8] == [
+    assert list(rows[0]) == [
         "epoch",
         "step",
         "lr",
@@ -49,8 +51,23 @@ def test_every_out_is_there(digits: Clone) -> None:
         "val_loss",
         "val_accuracy",
         "grad_norm",
+        "batch_size",
+        "update_ratio",
+        "update_cosine",
+        "rate_low",
+        "rate_median",
+        "rate_high",
+        "noise_scale",
     ]
     assert len(rows) == 30
+    with (digits.path / "models/a/steps.csv").open() as file:
+        steps = list(csv.DictReader(file))
+    assert list(steps[0]) == ["step", "loss", "lr", "grad_norm"]
+    assert len(steps) <= 1000 and steps[0]["step"] == "1"
+    with (digits.path / "models/a/layers.csv").open() as file:
+        layers = list(csv.DictReader(file))
+    assert list(layers[0]) == ["epoch", "layer", "num_parameters", "weight_norm", "grad_norm", "update_ratio"]
+    assert {int(row["epoch"]) for row in layers} == set(range(31))
 
 
 def test_git_stays_clean_but_for_the_lock(digits: Clone) -> None:

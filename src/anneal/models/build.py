@@ -12,12 +12,15 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from anneal.models.config import conflicts
+from anneal.models.airbench import Airbench
+from anneal.models.config import RESIDUAL, conflicts, is_custom
 from anneal.models.convnet import ConvNet
-from anneal.models.layers import KeyedRandom, Style
+from anneal.models.convnext import ConvNeXt
+from anneal.models.custom import construct
+from anneal.models.layers import Custom, KeyedRandom, Style
 from anneal.models.mlp import MLP
 from anneal.models.normalization import Normalization
-from anneal.models.resnet import ResNet
+from anneal.models.resnet import ResNet, preact_resnet, wide_resnet
 from anneal.params import UserError, nearest
 from anneal.seeding import seed_for
 
@@ -26,7 +29,15 @@ def _mlp(in_channels: int, num_classes: int, *, height: int, width: int, **argum
     return MLP(in_channels * height * width, num_classes, **arguments)
 
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"resnet": ResNet, "convnet": ConvNet, "mlp": _mlp}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "resnet": ResNet,
+    "preact_resnet": preact_resnet,
+    "wide_resnet": wide_resnet,
+    "convnext": ConvNeXt,
+    "airbench": Airbench,
+    "convnet": ConvNet,
+    "mlp": _mlp,
+}
 """``model.name`` to its builder."""
 
 
@@ -57,13 +68,15 @@ def build_network(
     norm_arguments: Mapping[str, Any] | None = None,
     dropout: float = 0.0,
     stochastic_depth: float = 0.0,
+    seed: int = 0,
 ) -> nn.Module:
     """Build a network from plain values, its weights in channels_last memory and not yet initialised.
 
     Parameters
     ----------
     name, arguments
-        A key of `NETWORKS`, and the block of that name in params.yaml.
+        A key of `NETWORKS`, and the block of that name in params.yaml. Or ``package.module:callable`` and its arguments:
+        to build such a network runs the code that it names; see `custom_network`.
     num_classes
         Number of logits.
     in_channels, height, width
@@ -72,6 +85,8 @@ def build_network(
         See `anneal.models.layers.Style`.
     dropout, stochastic_depth
         Chances, in [0, 1).
+    seed
+        Of the initial weights of a network by import path, which draws them itself.
 
     Returns
     -------
@@ -83,22 +98,87 @@ def build_network(
     UserError
         A name is unknown, or settings conflict.
     """
-    if name not in NETWORKS:
-        raise UserError(f"model.name: found {name}, allowed: {' | '.join(NETWORKS)}{nearest(name, NETWORKS)}")
-    _refuse(conflicts(name, arguments=arguments, height=height, width=width, stochastic_depth=stochastic_depth))
+    if name not in NETWORKS and not is_custom(name):
+        raise UserError(
+            f"model.name: found {name}, allowed: {' | '.join(NETWORKS)} | package.module:callable{nearest(name, NETWORKS)}"
+        )
+    _refuse(
+        conflicts(
+            name,
+            arguments=arguments,
+            height=height,
+            width=width,
+            norm=norm,
+            norm_position=norm_position,
+            norm_arguments=norm_arguments,
+            dropout=dropout,
+            stochastic_depth=stochastic_depth,
+        )
+    )
+    if is_custom(name):
+        shape = (in_channels, height, width)
+        return custom_network(name, arguments, num_classes=num_classes, shape=shape, seed=seed)
     style = Style(activation, norm, norm_position, norm_arguments or {})
     keywords = {**arguments, "style": style, "dropout": dropout}
-    if name == "resnet":
+    if name in RESIDUAL:
         keywords["stochastic_depth"] = stochastic_depth
     if name == "mlp":
         keywords.update(height=height, width=width)
     return NETWORKS[name](in_channels, num_classes, **keywords).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
+def custom_network(
+    path: str, arguments: Mapping[str, Any], *, num_classes: int, shape: tuple[int, int, int], seed: int
+) -> Custom:
+    """Build a network that ``package.module:callable`` returns, with the initial weights that it draws itself.
+
+    It draws them under a seed of its own; torch's global generator is left as it was.
+
+    Parameters
+    ----------
+    path, arguments
+        The callable and its arguments; see `anneal.models.custom.call_arguments` for those that are added.
+    num_classes
+        Number of logits.
+    shape
+        (C, H, W) of an image.
+    seed
+        Of the initial weights.
+
+    Raises
+    ------
+    UserError
+        The callable cannot be called so, returns no module, or one whose output is not (N, num_classes).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(seed, "init", path))
+        module = construct(path, arguments, num_classes=num_classes, in_channels=shape[0])
+    if not isinstance(module, nn.Module):
+        raise UserError(f"model.name: {path} returned {type(module).__name__}, allowed: a torch.nn.Module")
+    network = Custom(module)
+    try:
+        with torch.no_grad():
+            output = network.eval()(torch.zeros(2, *shape))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model.name: {path} cannot take images of (N, {', '.join(map(str, shape))}): {type(error).__name__}: {reason}"
+        ) from error
+    found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    if found != (2, num_classes):
+        raise UserError(
+            f"model.name: {path} makes {found} of 2 images, allowed: (2, {num_classes}), a logit a class; give it its "
+            f"number of classes in model.custom"
+        )
+    return network.train()
+
+
 def build_classifier(
     architecture: Mapping[str, Any],
     normalization: Mapping[str, Any],
     statistics: Mapping[str, npt.NDArray[np.floating]] | None,
+    *,
+    seed: int = 0,
 ) -> Classifier:
     """Build the normalisation layer and the network behind it.
 
@@ -110,6 +190,8 @@ def build_classifier(
         ``kind``, ``height``, ``width`` and ``channels`` of `Normalization`.
     statistics
         Arrays of statistics.npz; None leaves room for a state dict's.
+    seed
+        As for `build_network`.
 
     Raises
     ------
@@ -126,7 +208,7 @@ def build_classifier(
         )
     )
     layer = Normalization(statistics=statistics, **normalization)
-    return Classifier(layer, build_network(**architecture))
+    return Classifier(layer, build_network(**architecture, seed=seed))
 
 
 def _refuse(faults: list[str]) -> None:
@@ -136,6 +218,8 @@ def _refuse(faults: list[str]) -> None:
 
 def load_classifier(folder: Path | str) -> tuple[Classifier, dict[str, Any]]:
     """Load a trained member.
+
+    Where model.json names a network by import path, that code is run.
 
     Parameters
     ----------
@@ -190,3 +274,38 @@ def key_randomness(network: nn.Module, seed: int, epoch: int, microbatch: int) -
 def count_parameters(network: nn.Module) -> int:
     """Return the number of trainable values in a network; buffers do not count."""
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
+def count_macs(network: nn.Module, shape: tuple[int, ...]) -> int:
+    """Return the multiplications of weights with activations behind one prediction, which convolutions and linear layers do.
+
+    Other layers, and products of activations with each other (attention), do not count.
+
+    Parameters
+    ----------
+    network
+        Takes float32 (1, *shape) on the device of its parameters; left as it was.
+    shape
+        Of one sample, without the batch.
+    """
+    total = 0
+
+    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal total
+        weight = module.get_parameter("weight")
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        total += (inputs[0] if transposed else output).numel() * weight[0].numel()
+
+    layers = [m for m in network.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    modes = [(module, module.training) for module in network.modules()]
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, *shape, device=device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode
+    return total

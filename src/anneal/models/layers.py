@@ -9,25 +9,33 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from anneal.models.norms import NORMS
 from anneal.params import UserError, nearest
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "ReLU": nn.ReLU,
     "LeakyReLU": nn.LeakyReLU,
+    "PReLU": nn.PReLU,
+    "ReLU6": nn.ReLU6,
     "ELU": nn.ELU,
+    "CELU": nn.CELU,
+    "SELU": nn.SELU,
     "GELU": nn.GELU,
     "SiLU": nn.SiLU,
     "Mish": nn.Mish,
+    "Softplus": nn.Softplus,
+    "Hardswish": nn.Hardswish,
     "Tanh": nn.Tanh,
+    "Hardtanh": nn.Hardtanh,
+    "Softsign": nn.Softsign,
     "Sigmoid": nn.Sigmoid,
+    "Hardsigmoid": nn.Hardsigmoid,
+    "LogSigmoid": nn.LogSigmoid,
+    "Tanhshrink": nn.Tanhshrink,
+    "Softshrink": nn.Softshrink,
+    "Hardshrink": nn.Hardshrink,
 }
-"""``model.activation`` to its layer."""
-
-NORMS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
-    "batch": (nn.BatchNorm2d, nn.BatchNorm1d),
-    "none": (lambda _: nn.Identity(), lambda _: nn.Identity()),
-}
-"""``model.norm.name`` to its layer for images (N, C, H, W) and for vectors (N, C), each called with C and arguments."""
+"""``model.activation`` to its layer: every elementwise one of torch.nn that needs no argument and draws nothing at random."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Style:
     activation
         A key of `ACTIVATIONS`.
     norm, norm_arguments
-        A key of `NORMS`, and the arguments of its layer beside the number of channels.
+        A key of `anneal.models.norms.NORMS`, and the arguments of its layer beside the number of channels.
     norm_position
         ``before`` (Ioffe & Szegedy 2015) or ``after`` the activation (Mishkin et al. 2017).
 
@@ -73,23 +81,53 @@ class Style:
         """Whether weight layers need a bias: not where a norm layer, which has its own, follows at once."""
         return self.norm == "none" or self.after
 
+    @property
+    def bias_counts(self) -> bool:
+        """Whether a bias right before a norm layer has an effect: not where each channel has its own mean taken off."""
+        return self.norm not in ("batch", "instance")
+
     def activate(self) -> nn.Module:
         """Return an activation layer."""
         return ACTIVATIONS[self.activation]()
 
-    def normalize(self, channels: int) -> nn.Module:
-        """Return a norm layer for (N, channels, H, W)."""
-        return NORMS[self.norm][0](channels, **self._arguments)
+    def normalize(self, channels: int, *, vector: bool = False) -> nn.Module:
+        """Return a norm layer for (N, channels, H, W), or for (N, channels) where it is a ``vector``."""
+        return NORMS[self.norm][vector](channels, **self._arguments)
 
     def follow(self, channels: int, *, vector: bool = False) -> list[tuple[str, nn.Module]]:
         """Return the norm and the activation, with their names and in their order, for (N, channels[, H, W])."""
-        norm = NORMS[self.norm][1](channels, **self._arguments) if vector else self.normalize(channels)
-        pair: list[tuple[str, nn.Module]] = [("norm", norm), ("activation", self.activate())]
+        pair = [("norm", self.normalize(channels, vector=vector)), ("activation", self.activate())]
         return pair[::-1] if self.after else pair
 
     @property
     def _arguments(self) -> Mapping[str, Any]:
         return {} if self.norm == "none" else self.norm_arguments
+
+
+class ResidualBlock(nn.Module):
+    """A block that adds a branch to its input."""
+
+    @property
+    def last(self) -> nn.Module:
+        """The layer that ends the branch: where its ``weight`` is 0, so is the branch, and the layer still learns."""
+        raise NotImplementedError
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of (N, C, H, W), all ``init`` at first (Touvron et al. 2021)."""
+
+    def __init__(self, channels: int, init: float) -> None:
+        super().__init__()
+        self.init = init
+        self.weight = nn.Parameter(torch.full((channels,), init))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x`` times the factors."""
+        return x * self.weight.view(-1, 1, 1)
+
+    def extra_repr(self) -> str:
+        """Name the size in the module's print-out."""
+        return f"{len(self.weight)}, init={self.init}"
 
 
 class KeyedRandom(nn.Module):
@@ -139,3 +177,31 @@ class StochasticDepth(KeyedRandom):
         if not (self.training and self.rate):
             return x
         return x * self._keep(x, (len(x),) + (1,) * (x.ndim - 1))
+
+
+class Custom(KeyedRandom):
+    """A network from elsewhere, whose own random layers draw from torch's global generators.
+
+    With a key those are seeded for the pass in training, and left as they were, so its draws belong to the microbatch too.
+    """
+
+    technique = "custom"
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(0.0)
+        self.rate = 1.0  # Whether it draws at all is not known.
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the module's output for (N, C, H, W), contiguous, as modules that call ``view`` expect."""
+        # Not contiguous(), which leaves the strides of one channel as they are: convolutions then go on in channels_last.
+        x = x.flatten().view(x.shape)
+        if self.key is None or not self.training:
+            return self.module(x)
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            torch.manual_seed(self.key)
+            return self.module(x)
+
+    def extra_repr(self) -> str:
+        """Nothing to name."""
+        return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -17,8 +18,29 @@ Decay = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Betas = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
 
-EXTRA = ("LARS", "LAMB", "Lion")
-"""Classes of pytorch_optimizer, an optional extra, by its names; their blocks are checked against its signatures."""
+EXTRA: dict[str, float] = {
+    "LARS": 5.0,
+    "LAMB": 5e-3,
+    "Lion": 1e-3,
+    "ADOPT": 2e-3,
+    "AdaBelief": 2e-3,
+    "AdaBound": 2e-3,
+    "Adan": 5e-3,
+    "AdEMAMix": 1e-3,
+    "LaProp": 2e-3,
+    "MADGRAD": 2e-3,
+    "NovoGrad": 0.02,
+    "Prodigy": 1.0,
+    "QHAdam": 2e-3,
+    "Ranger": 0.03,
+    "SGDW": 0.5,
+    "SignSGD": 1e-3,
+    "StableAdamW": 2e-3,
+    "Tiger": 1e-3,
+    "Yogi": 5e-3,
+}
+"""Classes of pytorch_optimizer, an optional extra, and a rate to start from: first-order rules that one evaluation of the
+gradient is enough for, without modes or hooks. Their blocks are checked against its signatures once one is chosen."""
 
 Arguments = dict[str, Any]
 
@@ -156,6 +178,12 @@ class LBFGSConfig(Block):
     line_search_fn: Literal["strong_wolfe"] | None = None
 
 
+class RestConfig(AdamWConfig):
+    """``optimizer.Muon.rest``: arguments of torch.optim.AdamW for all but hidden weights."""
+
+    lr: Positive
+
+
 class MuonConfig(Block):
     """``optimizer.Muon``: arguments of torch.optim.Muon for hidden weights, and of AdamW for all else (``rest``)."""
 
@@ -166,7 +194,7 @@ class MuonConfig(Block):
     eps: Positive = 1e-7
     ns_steps: Annotated[int, Field(ge=1, lt=100)] = 5
     adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None
-    rest: AdamWConfig
+    rest: RestConfig
 
 
 class SAMConfig(Strict):
@@ -205,6 +233,22 @@ class OptimizerConfig(Strict):
         "LARS",
         "LAMB",
         "Lion",
+        "ADOPT",
+        "AdaBelief",
+        "AdaBound",
+        "Adan",
+        "AdEMAMix",
+        "LaProp",
+        "MADGRAD",
+        "NovoGrad",
+        "Prodigy",
+        "QHAdam",
+        "Ranger",
+        "SGDW",
+        "SignSGD",
+        "StableAdamW",
+        "Tiger",
+        "Yogi",
     ]
     decay_exempt: list[Literal["bias", "norm", "scale"]]
     lr_factors: LRFactorsConfig
@@ -226,6 +270,22 @@ class OptimizerConfig(Strict):
     LARS: Arguments
     LAMB: Arguments
     Lion: Arguments
+    ADOPT: Arguments | None = None
+    AdaBelief: Arguments | None = None
+    AdaBound: Arguments | None = None
+    Adan: Arguments | None = None
+    AdEMAMix: Arguments | None = None
+    LaProp: Arguments | None = None
+    MADGRAD: Arguments | None = None
+    NovoGrad: Arguments | None = None
+    Prodigy: Arguments | None = None
+    QHAdam: Arguments | None = None
+    Ranger: Arguments | None = None
+    SGDW: Arguments | None = None
+    SignSGD: Arguments | None = None
+    StableAdamW: Arguments | None = None
+    Tiger: Arguments | None = None
+    Yogi: Arguments | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -235,13 +295,102 @@ class OptimizerConfig(Strict):
 
     @model_validator(mode="after")
     def _a_rate_in_every_block(self) -> OptimizerConfig:
-        for name in EXTRA:
+        for name, start in EXTRA.items():
             block = getattr(self, name)
             if block is None:
+                if self.name == name:
+                    raise ValueError(
+                        f"{name}: missing, but optimizer.name is {name}, allowed: a block of its arguments with at least "
+                        f"lr; write {name}: {{lr: {start:g}}}"
+                    )
                 continue
             rate = block.get("lr")
             if rate is None:
-                raise ValueError(f"{name}.lr: missing{nearest('lr', block)}")
+                raise ValueError(f"{name}.lr: missing{nearest('lr', block)}; write {name}: {{lr: {start:g}, ...}}")
             if rate != "auto" and (isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0):
                 raise ValueError(f"{name}.lr: found {rate}, allowed: a number > 0 | auto")
         return self
+
+
+NO_RATE = {
+    "LBFGS": "whose line search finds the length of every step",
+    "Rprop": "which grows and shrinks each step by itself and reads lr once",
+    "Prodigy": "which estimates its rate by itself and only multiplies it by lr",
+    "Muon": "which has a second rate, Muon.rest.lr, that one curve cannot tell from the first",
+}
+"""Optimizers whose ``lr`` a range test says nothing about, and why."""
+
+
+def conflicts(
+    name: str,
+    *,
+    arguments: Mapping[str, Any],
+    lr_factors: Mapping[str, float],
+    sam_rho: float,
+    size: int,
+    microbatch: int,
+    grows: bool,
+    precision: str,
+    gradient_clip: float | None,
+) -> list[str]:
+    """Say which settings an optimizer cannot work with, one line each; an empty list where all do.
+
+    Parameters
+    ----------
+    name, arguments, lr_factors
+        ``optimizer.name``, the block of that name, and ``optimizer.lr_factors``.
+    sam_rho
+        ``optimizer.sam.rho``; 0 is off.
+    size, microbatch, grows
+        Of the batch, and whether ``batch.growth`` enlarges it.
+    precision
+        ``trainer.precision``.
+    gradient_clip
+        ``regularization.gradient_clip``.
+
+    Examples
+    --------
+    >>> for fault in conflicts("Rprop", arguments={"lr": "auto"}, lr_factors={"first": 1.0}, sam_rho=0.0, size=32,
+    ...                        microbatch=32, grows=False, precision="32-true", gradient_clip=None):
+    ...     print(fault)
+    optimizer.Rprop.lr: found auto with Rprop, which grows and shrinks each step by itself and reads lr once, allowed: a number
+    """
+    faults: list[str] = []
+    if name in NO_RATE and arguments.get("lr") == "auto":
+        faults.append(f"optimizer.{name}.lr: found auto with {name}, {NO_RATE[name]}, allowed: a number")
+    if name == "LBFGS":
+        if sam_rho:
+            faults.append(
+                f"optimizer.sam.rho: found {sam_rho:g} with LBFGS, whose line search needs the gradient where the weights "
+                f"are and not where the loss is highest nearby, allowed: 0, or another optimizer"
+            )
+        if any(factor != 1 for factor in lr_factors.values()):
+            faults.append(
+                "optimizer.lr_factors: found factors with LBFGS, which takes all parameters as one vector, "
+                "allowed: 1 for each, or another optimizer"
+            )
+        if gradient_clip is not None:
+            faults.append(
+                f"regularization.gradient_clip: found {gradient_clip:g} with LBFGS, which learns the curvature from "
+                f"differences of true gradients, allowed: null, or another optimizer"
+            )
+    if name != "LBFGS" and not sam_rho:
+        return faults
+    who = "optimizer.name LBFGS" if name == "LBFGS" else f"optimizer.sam.rho {sam_rho:g}"
+    why = f"with {who}, which evaluates a batch more than once before it steps"
+    if microbatch != size:
+        faults.append(
+            f"batch.microbatch: found {microbatch} {why}, so that no earlier microbatch may be gone, "
+            f"allowed: batch.size ({size})"
+        )
+    if grows:
+        faults.append(
+            f"batch.growth.at: found a batch that grows beyond its microbatch {why}, so that no earlier microbatch may be "
+            f"gone, allowed: []"
+        )
+    if precision == "16-mixed":
+        faults.append(
+            f"trainer.precision: found 16-mixed {why}, while loss scaling allows one evaluation, "
+            f"allowed: 32-true | bf16-mixed"
+        )
+    return faults

@@ -75,16 +75,40 @@ def from_values(values: Sequence[Mapping[str, Any]]) -> list[Panel]:
     return [Panel(**{**panel, "lines": [Line(**line) for line in panel["lines"]]}) for panel in values]
 
 
-def draw_panels(panels: Sequence[Panel], path: Path | str, title: str = "") -> None:
-    """Draw panels beside each other, at most three in a row; PNG to ``path``."""
+def draw_panels(
+    panels: Sequence[Panel],
+    path: Path | str,
+    title: str = "",
+    *,
+    columns: int = 3,
+    size: tuple[float, float] = (4.8, 3.8),
+    dpi: int = 110,
+) -> None:
+    """Draw panels beside each other; PNG to ``path``, which appears once it is whole.
+
+    Parameters
+    ----------
+    panels
+        At least one.
+    path
+        In a folder that exists.
+    title
+        Above all panels.
+    columns
+        Most panels in a row.
+    size, dpi
+        Width and height of a panel in inches, and dots an inch.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
-    columns = min(3, len(panels))
+    columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        figure = Figure(figsize=(max(6.0, 4.8 * columns), 3.8 * rows + 0.3 * bool(title)), layout="constrained")
+        width, height = size
+        extent = (max(1.25 * width, width * columns), height * rows + 0.3 * bool(title))
+        figure = Figure(figsize=extent, layout="constrained")
         places = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, panel in zip(places, panels, strict=False):
             _draw(axes, panel)
@@ -92,7 +116,9 @@ def draw_panels(panels: Sequence[Panel], path: Path | str, title: str = "") -> N
             axes.set_visible(False)
         if title:
             figure.suptitle(title)
-        figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
+        unfinished = Path(f"{path}.tmp")
+        figure.savefig(unfinished, format="png", dpi=dpi, metadata={"Software": None})
+        unfinished.replace(path)
 
 
 def _draw(axes: Any, panel: Panel) -> None:

@@ -60,6 +60,20 @@ class TrainerConfig(Strict):
     on_nan: Literal["stop"]
 
 
+def rate_faults(optimizer: str, lr: float | str, lr_scaling: str) -> list[str]:
+    """Say what does not go with ``lr: auto``; an empty list where all does.
+
+    >>> len(rate_faults("SGD", "auto", "linear")), len(rate_faults("SGD", 0.1, "linear"))
+    (1, 0)
+    """
+    if lr != "auto" or lr_scaling == "none":
+        return []
+    return [
+        f"optimizer.{optimizer}.lr: found auto with batch.lr_scaling {lr_scaling}, but the range test finds the rate at "
+        f"batch.size itself, allowed: a number, or lr_scaling: none"
+    ]
+
+
 class HardwareConfig(Strict):
     """Section ``hardware``: what the machine has; never changes a result, tracked by no stage."""
 

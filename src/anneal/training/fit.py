@@ -1,7 +1,9 @@
-"""Train one member of the ensemble, from the processed data set to its three files."""
+"""Train one member of the ensemble, from the processed data set to its files."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +13,31 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping
 
 from anneal.batching import BatchConfig
-from anneal.models.build import count_parameters
+from anneal.models.build import count_macs, count_parameters
 from anneal.models.config import InitConfig, ModelConfig
+from anneal.models.initial_statistics import LayerStatistics, findings, initial_statistics
 from anneal.optimizers.config import OptimizerConfig
+from anneal.params import ParamsError
 from anneal.schedules import ScheduleConfig
 from anneal.store import fresh_folder, write_json, write_text
 from anneal.training.best import BestWeights
-from anneal.training.config import AveragingConfig, HardwareConfig, LossConfig, RegularizationConfig, TrainerConfig
-from anneal.training.history import Epoch, History, as_csv
+from anneal.training.config import (
+    AveragingConfig,
+    HardwareConfig,
+    LossConfig,
+    RegularizationConfig,
+    TrainerConfig,
+    rate_faults,
+)
+from anneal.training.dynamics import Dynamics
+from anneal.training.history import Epoch, History, Steps, as_csv
 from anneal.training.logger import FunctionLogger, Write
+from anneal.training.lr_curve import LRRange
+from anneal.training.lr_range import found_rate, is_first_process, lr_range
 from anneal.training.machine import global_settings, interruptible, quiet
+from anneal.training.noise_scale import NoiseScale
 from anneal.training.progress import Progress
-from anneal.training.setup import set_up
+from anneal.training.setup import first_batch, set_up
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,12 @@ class FitResult:
         history.csv.
     best_epoch
         Whose weights were exported, from 1.
+    peak_rate
+        Learning rate at factor 1 of the schedule.
+    range_test
+        What found it; None where params.yaml gave a number, and in all processes but the first.
+    initial, initial_findings
+        Activations and gradients of each layer on one batch before the first step, and what is wrong with them.
     threads
         CPU threads of each process, which decide the last bits of a result.
     devices
@@ -43,17 +64,34 @@ class FitResult:
         ``cpu``, ``gpu`` or ``mps``.
     num_parameters
         Trainable values of the network.
+    macs
+        Multiplications of weights behind one image's forward pass.
     is_main
         Whether this process wrote the files; of several only the first does.
     """
 
     rows: list[Epoch]
     best_epoch: int
+    peak_rate: float
+    range_test: LRRange | None
+    initial: list[LayerStatistics]
+    initial_findings: list[str]
     threads: int
     devices: int
     accelerator: str
     num_parameters: int
+    macs: int
     is_main: bool
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """Single figures of the run, by their names in MLflow."""
+        return {
+            "best_epoch": self.best_epoch,
+            "num_parameters": self.num_parameters,
+            "macs": self.macs,
+            "peak_lr": self.peak_rate,
+        }
 
 
 def fit(
@@ -76,10 +114,10 @@ def fit(
     log: Write | None = None,
     callbacks: tuple[pl.Callback, ...] = (),
 ) -> FitResult:
-    """Train a member and write ``weights.safetensors``, ``model.json`` and ``history.csv``.
+    """Train a member and write ``weights.safetensors``, ``model.json``, ``history.csv``, ``steps.csv``, ``layers.csv``.
 
     The weights are those of the epoch with the highest validation accuracy; among equals the lower validation loss wins,
-    then the earlier epoch. All three files are a function of the data, the sections and the seed (and in the last bits
+    then the earlier epoch. All files are a function of the data, the sections and the seed (and in the last bits
     of the CPU threads and the processor); ``hardware`` has no part in them beyond rounding.
 
     Parameters
@@ -99,7 +137,8 @@ def fit(
     hardware
         What the machine has.
     log
-        Called once an epoch with metrics and the number of optimizer steps.
+        Called with metrics and the number of optimizer steps behind them: at each epoch's end with its figures, and with
+        those of single steps (``step/...``).
     callbacks
         Further Lightning callbacks.
 
@@ -110,23 +149,50 @@ def fit(
     KeyboardInterrupt
         Stopped by Ctrl-C or SIGTERM; nothing was written.
     """
-    setup = set_up(
-        store=store,
-        augmented=augmented,
-        seed=seed,
-        model=model,
-        init=init,
-        optimizer=optimizer,
-        schedule=schedule,
-        batch=batch,
-        loss=loss,
-        regularization=regularization,
-        trainer=trainer,
-        hardware=hardware,
-    )
+    rate_key = f"optimizer.{optimizer.name}.lr"
+    if faults := rate_faults(optimizer.name, optimizer.arguments["lr"], batch.lr_scaling):
+        raise ParamsError(faults)
+    inputs: dict[str, Any] = {
+        "store": store,
+        "augmented": augmented,
+        "seed": seed,
+        "model": model,
+        "init": init,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "batch": batch,
+        "loss": loss,
+        "regularization": regularization,
+        "trainer": trainer,
+        "hardware": hardware,
+    }
+    setup = set_up(**inputs)
     module, network = setup.module, setup.module.classifier.network
+    range_test: LRRange | None = None
+    if module.auto_rate and is_first_process():
+        range_test = lr_range(name=name, **inputs)
+        module.peak_rate = found_rate(range_test, rate_key)
+        print(
+            f"{name}: learning rate {module.peak_rate:g} from a range test over {len(range_test.rates)} steps",
+            file=sys.stderr,
+            flush=True,
+        )
+    info = setup.store.info
+    macs = count_macs(network, (info.channels, info.height, info.width))
+    # As many images as a forward pass takes, for memory's sake.
+    images, labels = first_batch(setup.store, seed, most=min(max(batch.microbatch, 32), 256))
+    initial = initial_statistics(module.classifier, images, labels)
+    initial_findings = findings(initial)
+    if is_first_process():
+        for finding in initial_findings:
+            print(f"{name}: warning: {finding}", file=sys.stderr, flush=True)
     history, best = History(), BestWeights()
-    own: list[pl.Callback] = [history, best, Progress(name, setup.plan), *callbacks]
+    steps, dynamics = Steps(setup.plan.total_steps), Dynamics()
+    own: list[pl.Callback] = [history, best, steps, dynamics, Progress(name, setup.plan), *callbacks]
+    if batch.noise_microbatches:
+        own.append(
+            NoiseScale(setup.train, num_microbatches=batch.noise_microbatches, microbatch=batch.microbatch, seed=seed)
+        )
     if trainer.early_stopping is not None:
         stopping = trainer.early_stopping
         own.append(
@@ -136,34 +202,49 @@ def fit(
         runner = setup.trainer(own, logger=FunctionLogger(log) if log is not None else False)
         runner.fit(module, datamodule=setup.data_module())
     if runner.is_global_zero:
-        info = setup.store.info
         values = {
             "architecture": setup.architecture,
             "normalization": setup.normalization,
             "classes": info.classes,
             "preprocessing": {"size": info.height, "fit": info.fit, "interpolation": info.interpolation},
             "num_parameters": count_parameters(network),
+            "macs": macs,
             "best_epoch": best.epoch,
+            "lr": module.peak_rate,
             "augmentation": setup.transforms,
         }
-        write_member(out, best.weights, values, history.rows)
+        tables: dict[str, Sequence[Any]] = {
+            "history.csv": history.rows,
+            "steps.csv": steps.rows,
+            "layers.csv": dynamics.rows,
+            "initial.csv": initial,
+        }
+        write_member(out, best.weights, values, tables)
     return FitResult(
         rows=history.rows,
         best_epoch=best.epoch,
+        peak_rate=module.peak_rate,
+        range_test=range_test,
+        initial=initial,
+        initial_findings=initial_findings,
         threads=setup.threads,
         devices=setup.devices,
         accelerator=setup.accelerator,
         num_parameters=count_parameters(network),
+        macs=macs,
         is_main=runner.is_global_zero,
     )
 
 
-def write_member(out: Path, weights: dict[str, torch.Tensor], model: dict[str, Any], rows: list[Epoch]) -> None:
-    """Write the three files of a member; the folder appears once all are whole."""
+def write_member(
+    out: Path, weights: dict[str, torch.Tensor], model: dict[str, Any], tables: Mapping[str, Sequence[Any]]
+) -> None:
+    """Write the files of a member, ``tables`` by file name; the folder appears once all are whole."""
     from safetensors.torch import save
 
     with fresh_folder(out) as folder:
         # Not save_file, which makes a file that only its owner may read.
         (folder / "weights.safetensors").write_bytes(save(weights))
         write_json(folder / "model.json", model)
-        write_text(folder / "history.csv", as_csv(rows))
+        for name, rows in tables.items():
+            write_text(folder / name, as_csv(rows))

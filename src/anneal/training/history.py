@@ -1,14 +1,16 @@
-"""history.csv: one row an epoch, without times, written the same on every rerun."""
+"""history.csv, a row an epoch, and steps.csv, a row every few steps: no times, written the same on every rerun."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
+import torch
 
 if TYPE_CHECKING:
+    from anneal.training.data import Batch
     from anneal.training.module import TrainingModule
 
 
@@ -79,13 +81,125 @@ class History(pl.Callback):
         self.rows.append(Epoch(epoch=trainer.current_epoch + 1, step=trainer.global_step, **known))  # type: ignore[arg-type]
 
 
-def as_csv(rows: Sequence[Epoch]) -> str:
-    """Return rows as CSV text; floats in the shortest form that reads back as the same number.
+@dataclass(frozen=True)
+class Step:
+    """A row of steps.csv.
 
-    >>> print(as_csv([Epoch(1, 10, 0.1, 2.0, 0.25, 1.5, 0.5, 3.0, 32, update_ratio=0.01)]), end="")
-    epoch,step,lr,train_loss,train_accuracy,val_loss,val_accuracy,grad_norm,batch_size,update_ratio,update_cosine,rate_low,rate_median,rate_high,noise_scale
-    1,10,0.1,2.0,0.25,1.5,0.5,3.0,32,0.01,,,,,
+    Parameters
+    ----------
+    step
+        Optimizer steps made by its end, from 1.
+    loss
+        Mean over the samples of its whole window, on all devices, as they were trained on; without the L1 penalty.
+    lr
+        Its learning rate.
+    grad_norm
+        Norm of its gradient before clipping.
     """
-    lines = [",".join(COLUMNS)]
-    lines += [",".join("" if value is None else repr(value) for value in asdict(row).values()) for row in rows]
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+
+
+MOST_STEPS = 1000
+"""Most rows of steps.csv."""
+
+
+def step_interval(total_steps: int) -> int:
+    """Return the smallest k for which every k-th step of a run, its first among them, makes at most `MOST_STEPS` rows.
+
+    >>> step_interval(1000), step_interval(1001), step_interval(4221)
+    (1, 2, 5)
+    """
+    return -(-total_steps // MOST_STEPS)
+
+
+class Steps(pl.Callback):
+    """Collect a row every `step_interval` optimizer steps, and log the rows of an epoch at its end.
+
+    Within an epoch the figures stay where they were computed; several processes reduce the epoch's losses in one call.
+
+    Parameters
+    ----------
+    total_steps
+        Of the planned run.
+    """
+
+    def __init__(self, total_steps: int) -> None:
+        self.every = step_interval(total_steps)
+        self.rows: list[Step] = []
+        self.before: tuple[int, torch.Tensor] | None = None
+        self.losses: list[torch.Tensor] = []
+        self.norms: list[torch.Tensor] = []
+        self.known: list[tuple[int, float]] = []
+
+    def on_train_batch_start(  # type: ignore[override]
+        self,
+        trainer: pl.Trainer,
+        pl_module: TrainingModule,
+        batch: Batch,  # noqa: ARG002
+        batch_idx: int,
+    ) -> None:
+        """Keep the epoch's sum of losses as a window that gets a row begins."""
+        if (
+            trainer.global_step % self.every == 0
+            and batch_idx % pl_module.plan[trainer.current_epoch].accumulation == 0
+        ):
+            self.before = trainer.global_step, pl_module.loss_sum.clone()
+
+    def on_train_batch_end(  # type: ignore[override]
+        self,
+        trainer: pl.Trainer,
+        pl_module: TrainingModule,
+        outputs: Any,  # noqa: ARG002
+        batch: Batch,  # noqa: ARG002
+        batch_idx: int,
+    ) -> None:
+        """Take the figures of the step, if this microbatch made it."""
+        step = trainer.global_step
+        if self.before is None or self.before[0] == step:
+            return
+        plan = pl_module.plan[trainer.current_epoch]
+        samples = plan.window_samples(batch_idx // plan.accumulation)
+        self.losses.append((pl_module.loss_sum - self.before[1]) / samples)
+        self.norms.append(pl_module.norm)
+        self.known.append((step, pl_module.rate))
+        self.before = None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:  # type: ignore[override]
+        """Read the epoch's figures out, and log them."""
+        if not self.known:
+            return
+        losses, norms = torch.stack(self.losses), torch.stack(self.norms)
+        if pl_module.plan.world_size > 1:
+            losses = trainer.strategy.reduce(losses, reduce_op="sum")
+        rows = [
+            Step(step, loss, lr, norm)
+            for (step, lr), loss, norm in zip(self.known, losses.tolist(), norms.tolist(), strict=True)
+        ]
+        self.rows += rows
+        self.losses, self.norms, self.known = [], [], []
+        if trainer.logger is not None:
+            for row in rows:
+                values = {"step/loss": row.loss, "step/lr": row.lr, "step/grad_norm": row.grad_norm}
+                trainer.logger.log_metrics(values, row.step)
+
+
+def as_csv(rows: Sequence[Any]) -> str:
+    """Return rows, at least one, as CSV text; floats in the shortest form that reads back as the same number.
+
+    >>> print(as_csv([Step(1, 2.5, 0.1, 3.0), Step(3, 2.25, 0.05, 1e-7)]), end="")
+    step,loss,lr,grad_norm
+    1,2.5,0.1,3.0
+    3,2.25,0.05,1e-07
+
+    What is None is an empty cell.
+
+    >>> as_csv([Epoch(1, 10, 0.1, 2.0, 0.25, 1.5, 0.5, 3.0, 32, update_ratio=0.01)]).splitlines()[1]
+    '1,10,0.1,2.0,0.25,1.5,0.5,3.0,32,0.01,,,,,'
+    """
+    lines = [",".join(field.name for field in fields(rows[0]))]
+    lines += [",".join("" if value is None else str(value) for value in asdict(row).values()) for row in rows]
     return "\n".join(lines) + "\n"

@@ -20,10 +20,14 @@ from anneal.models.build import Classifier, key_randomness
 from anneal.models.layers import KeyedRandom
 from anneal.optimizers.build import build_optimizer
 from anneal.params import UserError
-from anneal.schedules import factor
+from anneal.schedules import factor, momentum_at
 from anneal.training.data import Batch
 
 Figures = dict[str, float]
+
+
+class Diverged(UserError):
+    """The loss is not finite."""
 
 
 class TrainingModule(pl.LightningModule):
@@ -42,7 +46,7 @@ class TrainingModule(pl.LightningModule):
     optimizer
         Arguments of `anneal.optimizers.build_optimizer` but for the network.
     schedule
-        Arguments of `anneal.schedules.factor` but for the step.
+        Arguments of `anneal.schedules.factor` and `momentum_at` but for the step.
     label_smoothing, l1, mixup_alpha, cutmix_alpha
         Regularisation; 0 is off.
     class_weights
@@ -73,7 +77,10 @@ class TrainingModule(pl.LightningModule):
         self.seed = seed
         self.num_classes = num_classes
         self.optimizer_arguments = dict(optimizer)
+        self.auto_rate = self.optimizer_arguments["arguments"]["lr"] == "auto"
+        self.schedule_arguments = dict(schedule)
         self.factor_at: Callable[[int, Sequence[float]], float] = partial(factor, **schedule)
+        self.momentum_at: Callable[[int], float | None] = partial(momentum_at, **schedule)
         self.label_smoothing = label_smoothing
         self.l1 = l1
         self.mixing = {"mixup_alpha": mixup_alpha, "cutmix_alpha": cutmix_alpha}
@@ -90,6 +97,7 @@ class TrainingModule(pl.LightningModule):
         self.weights: list[nn.Parameter] = [p for p in classifier.parameters() if p.requires_grad]
         self.decayed = [p for p in self.weights if p.ndim > 1]
         self.rate = 0.0
+        self.momentum: float | None = None
         self.norm = torch.zeros(())
         self.again = False
         self._evaluated: tuple[int, int] | None = None
@@ -97,28 +105,47 @@ class TrainingModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer; its groups remember their peak rate as ``initial_lr``."""
+        if self.auto_rate:
+            # The range test ran in the first process alone.
+            self.peak_rate = self.trainer.strategy.broadcast(self.optimizer_arguments["arguments"]["lr"])
         optimizer = build_optimizer(self.classifier, **self.optimizer_arguments)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         return optimizer
 
     def set_rates(self) -> None:
-        """Set the rate of every parameter group for the optimizer step to come.
+        """Set the rate of every parameter group for the optimizer step to come, and the momentum where it cycles.
 
         No scheduler object: a rate is a function of the step (and of the validation losses so far), so there is no state
-        to save, and a resumed run takes the same rates.
+        to save but those losses, and a resumed run takes the same rates.
         """
         step = self.trainer.global_step
         factor = self.factor_at(step, self.val_losses)
+        momentum = self.momentum_at(step)
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
+                if momentum is not None and has_momentum(group):
+                    set_momentum(group, momentum)
+                    self.momentum = momentum
         self.rate = self.peak_rate * factor
 
     @property
     def peak_rate(self) -> float:
         """Rate at factor 1, of the groups that no factor of their own applies to."""
         return float(self.optimizer_arguments["arguments"]["lr"])
+
+    @peak_rate.setter
+    def peak_rate(self, rate: float) -> None:
+        self.optimizer_arguments["arguments"]["lr"] = rate
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the validation losses so far, which plateau reads, as plain numbers."""
+        checkpoint["val_losses"] = list(self.val_losses)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the validation losses so far."""
+        self.val_losses = list(checkpoint["val_losses"])
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -183,10 +210,17 @@ class TrainingModule(pl.LightningModule):
             images, targets = mix(images, targets, seed=self.seed, epoch=epoch, microbatch=microbatch, **self.mixing)
             labels = targets.argmax(1)
         logits = self.classifier(images)
-        loss = F.cross_entropy(
+        return self.summed_loss(logits, targets), logits, labels
+
+    def summed_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the sum over samples of the cross entropy that is trained on, smoothed and weighted by class.
+
+        Each sample's loss is multiplied by the weight of its class, and the mean is over the number of samples, not over
+        the sum of their weights: so that a sample counts the same in every window.
+        """
+        return F.cross_entropy(
             logits, targets, self.class_weights, label_smoothing=self.label_smoothing, reduction="sum"
         )
-        return loss, logits, labels
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
         """Measure the gradient's norm, clip it, and bring BatchNorm's running statistics up to date."""
@@ -216,8 +250,8 @@ class TrainingModule(pl.LightningModule):
         if not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}")
 
-    def _diverged(self, what: str) -> UserError:
-        return UserError(
+    def _diverged(self, what: str) -> Diverged:
+        return Diverged(
             f"training diverged: {what} in epoch {self.current_epoch + 1}, step {self.trainer.global_step}, at learning "
             f"rate {self.rate:.3g}; lower optimizer.{self.optimizer_arguments['name']}.lr, lengthen "
             f"schedule.warmup.length, or set regularization.gradient_clip: 1.0"
@@ -258,13 +292,28 @@ class TrainingModule(pl.LightningModule):
             "lr": self.rate,
             "grad_norm": float(self.norm_sum) / self.num_steps,
             "batch_size": self.plan[self.current_epoch].size,
+            **({"momentum": self.momentum} if self.momentum is not None else {}),
             **self.extras,
         }
         self.val_losses.append(val_loss)
-        # Once an epoch; the logger gets them directly, for Lightning rounds what it passes on to float32.
-        self.log_dict(self.figures, logger=False)
+        # For callbacks such as early stopping, and not the extras: Lightning takes half a millisecond for each. The logger
+        # gets them directly, for Lightning rounds what it passes on to float32.
+        self.log_dict({name: v for name, v in self.figures.items() if name not in self.extras}, logger=False)
         if self.trainer.logger is not None:
             self.trainer.logger.log_metrics({**self.figures, "epoch": self.current_epoch + 1}, self.trainer.global_step)
+
+
+def has_momentum(group: Mapping[str, Any]) -> bool:
+    """Say whether a parameter group has a momentum, ``momentum`` or the first of ``betas``; one that is 0 is none."""
+    return bool(group.get("momentum") or (group.get("betas") and group["betas"][0]))
+
+
+def set_momentum(group: dict[str, Any], momentum: float) -> None:
+    """Set the momentum of a parameter group that has one."""
+    if group.get("momentum"):
+        group["momentum"] = momentum
+    else:
+        group["betas"] = (momentum, *group["betas"][1:])
 
 
 @contextmanager

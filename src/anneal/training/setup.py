@@ -14,15 +14,21 @@ import torch
 from anneal.batching import BatchConfig, RunPlan, plan_run
 from anneal.models.build import Classifier, build_classifier
 from anneal.models.config import InitConfig, ModelConfig, conflicts
-from anneal.models.initialization import initialize
+from anneal.models.initialization import DATA_LAWS, initialize
+from anneal.optimizers.build import check_arguments
 from anneal.optimizers.config import OptimizerConfig
+from anneal.optimizers.config import conflicts as optimizer_conflicts
 from anneal.params import ParamsError
-from anneal.schedules import ScheduleConfig, factor_arguments, scaled_rate
+from anneal.schedules import ScheduleConfig, factor_arguments, scaled_rate, schedule_faults
+from anneal.seeding import generator
 from anneal.store import DatasetInfo, Store
 from anneal.training.config import HardwareConfig, LossConfig, RegularizationConfig, TrainerConfig
 from anneal.training.data import MicrobatchDataset, StoreDataModule, training_set
 from anneal.training.machine import check_precision, resolve_devices, set_threads, strategy_for
 from anneal.training.module import TrainingModule
+
+FIRST_PIXELS = 2**19
+"""Most pixels of the images that initial weights are fitted to, unless 16 images have more."""
 
 
 @dataclass(frozen=True)
@@ -157,16 +163,42 @@ def set_up(
     info = data_set.info
     faults = conflicts(
         model.name,
-        arguments=getattr(model, model.name).model_dump(),
+        arguments=model.arguments,
         height=info.height,
         width=info.width,
         normalize=info.normalize,
         norm=model.norm.name,
+        norm_position=model.norm.position,
+        norm_arguments=model.norm.arguments,
+        dropout=regularization.dropout,
         stochastic_depth=regularization.stochastic_depth,
         microbatch=batch.microbatch,
+        whiten_first=init.whiten_first,
+        zero_last=init.zero_last,
+    )
+    faults += schedule_faults(
+        schedule.model_dump(),
+        total_steps=plan.total_steps,
+        steps_per_epoch=plan.epoch_steps,
+        scaling=batch.lr_scaling,
+        size=batch.size,
+        reference_size=batch.reference_size,
+        early_stopping=trainer.early_stopping.patience if trainer.early_stopping is not None else None,
+    )
+    faults += optimizer_conflicts(
+        optimizer.name,
+        arguments=optimizer.arguments,
+        lr_factors=optimizer.lr_factors.model_dump(),
+        sam_rho=optimizer.sam.rho,
+        size=batch.size,
+        microbatch=batch.microbatch,
+        grows=bool(batch.growth.at),
+        precision=trainer.precision,
+        gradient_clip=regularization.gradient_clip,
     )
     if faults:
         raise ParamsError(faults)
+    check_arguments(optimizer.name, optimizer.arguments)
     architecture = architecture_of(model, info, regularization)
     normalization = {
         "kind": info.normalize,
@@ -174,14 +206,17 @@ def set_up(
         "width": info.width,
         "channels": info.channels,
     }
-    classifier = build_classifier(architecture, normalization, data_set.statistics())
+    classifier = build_classifier(architecture, normalization, data_set.statistics(), seed=seed)
+    fitted = init.whiten_first or init.name in DATA_LAWS
     initialize(
         classifier.network,
         init.name,
-        getattr(init, init.name).model_dump(),
+        init.arguments,
         zero_last=init.zero_last,
         activation=model.activation,
         seed=seed,
+        whiten_eps=init.whitening.eps if init.whiten_first else None,
+        images=classifier.normalization(first_batch(data_set, seed)[0]) if fitted else None,
     )
     module = training_module(
         classifier,
@@ -214,12 +249,37 @@ def set_up(
     )
 
 
+def first_batch(store: Store, seed: int, most: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return training images that are drawn for the initial weights: as they are stored, without augmentation.
+
+    Fewer where they are large, for memory; a smaller ``most`` gives the first of the same images.
+
+    Parameters
+    ----------
+    store
+        The processed data set.
+    seed
+        Of the recipe or the member.
+    most
+        Number of images, where the split has as many.
+
+    Returns
+    -------
+    tuple
+        Images, uint8 (N, H, W, C), and labels, int64 (N,).
+    """
+    split = store.split("train")
+    count = min(most, max(FIRST_PIXELS // (store.info.height * store.info.width), 16))
+    index = generator(seed, "init", "batch").permutation(len(split))[:count]
+    return torch.from_numpy(split.take(index)), torch.from_numpy(split.labels[index])
+
+
 def architecture_of(model: ModelConfig, info: DatasetInfo, regularization: RegularizationConfig) -> dict[str, Any]:
     """Return the arguments of `anneal.models.build.build_network`, plain values as model.json holds them."""
     norm = model.norm
     return {
         "name": model.name,
-        "arguments": getattr(model, model.name).model_dump(),
+        "arguments": model.arguments,
         "num_classes": len(info.classes),
         "in_channels": info.channels,
         "height": info.height,
@@ -227,7 +287,7 @@ def architecture_of(model: ModelConfig, info: DatasetInfo, regularization: Regul
         "activation": model.activation,
         "norm": norm.name,
         "norm_position": norm.position,
-        "norm_arguments": getattr(norm, norm.name).model_dump() if hasattr(norm, norm.name) else {},
+        "norm_arguments": norm.arguments,
         "dropout": regularization.dropout,
         "stochastic_depth": regularization.stochastic_depth,
     }
@@ -248,16 +308,23 @@ def training_module(
 ) -> TrainingModule:
     """Return the LightningModule that the sections describe."""
     arguments = optimizer.arguments
+    scaling: dict[str, Any] = {"scaling": batch.lr_scaling, "size": batch.size, "reference_size": batch.reference_size}
     if arguments["lr"] != "auto":
-        arguments["lr"] = scaled_rate(
-            arguments["lr"], scaling=batch.lr_scaling, size=batch.size, reference_size=batch.reference_size
-        )
+        arguments["lr"] = scaled_rate(arguments["lr"], **scaling)
+    if "rest" in arguments:
+        arguments["rest"] = arguments["rest"] | {"lr": scaled_rate(arguments["rest"]["lr"], **scaling)}
     return TrainingModule(
         classifier,
         plan,
         seed=seed,
         num_classes=len(info.classes),
-        optimizer={"name": optimizer.name, "arguments": arguments, "decay_exempt": optimizer.decay_exempt},
+        optimizer={
+            "name": optimizer.name,
+            "arguments": arguments,
+            "decay_exempt": optimizer.decay_exempt,
+            "lr_factors": optimizer.lr_factors.model_dump(),
+            "sam": optimizer.sam.model_dump(),
+        },
         # Literal totals: to read Lightning's estimate in configure_optimizers costs the loader's state on a resume.
         schedule=factor_arguments(
             schedule.model_dump(), total_steps=plan.total_steps, steps_per_epoch=plan.epoch_steps

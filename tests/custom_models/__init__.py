@@ -1,0 +1,1 @@
+"""A package of networks that anneal knows nothing of, for tests."""

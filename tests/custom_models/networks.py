@@ -1,0 +1,52 @@
+"""Networks for ``model.name: tests.custom_models.networks:...``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+WIDTH = 4
+
+
+class Small(nn.Module):
+    """Layers of kinds that anneal's own networks lack, written as such modules often are: with ``view``."""
+
+    def __init__(self, num_classes: int, in_chans: int, width: int = 8, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_chans, width, 3, padding=1)
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.token = nn.Parameter(torch.randn(1, 4 * width))
+        self.drop = nn.Dropout(dropout)
+        self.fc = nn.Linear(4 * width, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits (N, num_classes)."""
+        x = self.pool(torch.relu(self.conv(x)))
+        return self.fc(self.drop(x.view(len(x), -1) + self.token))
+
+
+def small_or_large(num_classes: int, in_channels: int, *, large: bool) -> nn.Module:
+    """Return a network as a function would, of channels by another name."""
+    return Small(num_classes, in_channels, width=16 if large else 4)
+
+
+def anything(**settings: Any) -> nn.Module:
+    """Return a network from arguments whose names the signature does not say."""
+    return Small(settings["classes"], settings["channels"])
+
+
+def no_module(num_classes: int) -> int:
+    """Return what is no network."""
+    return num_classes
+
+
+def features(in_chans: int) -> nn.Module:
+    """Return a network with another number of outputs."""
+    return Small(5, in_chans)
+
+
+def broken() -> nn.Module:
+    """Fail as code does."""
+    raise RuntimeError("out of ideas")

@@ -1,0 +1,177 @@
+"""One recipe on one and on two real processes (gloo): the same steps, rates, microbatches and weights."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.pipeline.conftest import make_clone, make_small
+from tests.test_batching import GROWING, LAST_WINDOWS, LOSSES, SIZES, STEPS, by_hand, relative_difference
+from tests.test_training import largest_difference, write_inputs
+
+ROOT = Path(__file__).resolve().parents[1]
+BATCH = {"batch": {"size": 64, "microbatch": 16}}
+# Batch normalisation, and all that is drawn by microbatch. SiLU is smooth: where a ReLU's input is 0 but for rounding,
+# the gradient jumps, and the order of a sum shows in the fourth digit.
+DRAWING = {
+    "model": {"activation": "SiLU"},
+    "regularization": {"dropout": 0.2, "mixup": {"alpha": 0.4}, "label_smoothing": 0.1},
+    "schedule": {"name": "cosine", "warmup": {"length": 0.2}},
+}
+CASES = {
+    **{f"{loss} {rest}": (rest, options | BATCH) for loss, options in LOSSES.items() for rest in LAST_WINDOWS},
+    "grown": (40, LOSSES["penalised"] | GROWING),
+    "drawing 40": (40, DRAWING | BATCH),
+    "drawing 6": (6, DRAWING | BATCH),
+    "drawing grown": (40, DRAWING | GROWING),
+}
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import pytorch_lightning as pl
+from safetensors.torch import save_file
+from tests.test_training import train
+
+class Seen(pl.Callback):
+    def __init__(self, out):
+        self.out, self.batches = out, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        sums = batch.images.flatten(1).to(int).sum(1).tolist()
+        self.batches.append([batch.epoch, batch.microbatch, batch_idx, sums])
+
+    def on_train_end(self, trainer, pl_module):
+        name = f"{self.out}-{trainer.global_rank}"
+        state = {key: value.contiguous() for key, value in pl_module.classifier.state_dict().items()}
+        save_file(state, name + ".safetensors")
+        Path(name + ".json").write_text(json.dumps(self.batches))
+
+inputs, cases, out, devices = json.loads(sys.argv[1])
+for name, (rest, options) in cases.items():
+    path = Path(out, name)
+    options["trainer"] = {"epochs": 2, **options.get("trainer", {}), "threads": 1, "deterministic": True}
+    train([Path(p) for p in inputs[str(rest)]], path, callbacks=(Seen(path),), hardware={"devices": devices}, **options)
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    flip = [{"HorizontalFlip": {"p": 0.5}}]
+    stores = {}
+    for rest, num_train in LAST_WINDOWS.items():
+        for name, policy in ((f"{rest}", "none"), (f"{rest} flipped", flip)):
+            (root / name).mkdir()
+            stores[name] = write_inputs(root / name, num_train=num_train, policy=policy)
+    return stores
+
+
+@pytest.fixture(scope="module")
+def runs(inputs, tmp_path_factory):
+    """Every case on one process and on two, which stay together from case to case."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "script.py").write_text(SCRIPT)
+    cases = {
+        name: (f"{rest} flipped" if name.startswith("drawing") else f"{rest}", options)
+        for name, (rest, options) in CASES.items()
+    }
+    paths = {name: [str(path) for path in pair] for name, pair in inputs.items()}
+    for devices in (1, 2):
+        out = root / str(devices)
+        out.mkdir()
+        argument = json.dumps([paths, cases, str(out), devices])
+        command = [sys.executable, str(root / "script.py"), argument]
+        done = subprocess.run(
+            command,
+            cwd=root,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])},
+            timeout=300,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    return root
+
+
+def state(runs, devices, name, rank=0):
+    return load_file(runs / str(devices) / f"{name}-{rank}.safetensors")
+
+
+def history(runs, devices, name):
+    return list(csv.DictReader((runs / str(devices) / name / "history.csv").read_text().splitlines()))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("drawing")])
+def test_two_processes_step_as_one_big_batch(inputs, runs, name):
+    rest, options = CASES[name]
+    sizes = SIZES if name == "grown" else [64, 64]
+    expected = by_hand(inputs[str(rest)], sizes, **options)
+    assert relative_difference(state(runs, 2, name), expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps_rates_and_sizes_are_exactly_the_same(runs, name):
+    one, two = history(runs, 1, name), history(runs, 2, name)
+    for column in ("epoch", "step", "lr", "batch_size"):
+        assert [row[column] for row in one] == [row[column] for row in two]
+    if CASES[name][1].get("batch") == GROWING["batch"]:
+        assert [int(row["step"]) for row in two] == STEPS
+        assert [int(row["batch_size"]) for row in two] == SIZES
+    for a, b in zip(one, two, strict=True):
+        measured = {key: float(value) for key, value in a.items() if value}
+        assert measured == pytest.approx({key: float(value) for key, value in b.items() if value}, rel=2e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_and_running_statistics_are_the_same(runs, name):
+    one, two = state(runs, 1, name), state(runs, 2, name)
+    assert largest_difference(one, two) < 1e-5
+    assert all(torch.equal(a, b) for a, b in zip(two.values(), state(runs, 2, name, rank=1).values(), strict=True))
+    if name.startswith("drawing"):
+        counts = [value.item() for key, value in two.items() if key.endswith("num_batches_tracked")]
+        assert counts and set(counts) == {int(history(runs, 2, name)[-1]["step"])}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_microbatches_are_the_same(runs, name):
+    """Each microbatch with its images, augmented, whichever process computes it; what fills a round up is not one."""
+    one = json.loads((runs / "1" / f"{name}-0.json").read_text())
+    ranks = [json.loads((runs / "2" / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
+    assert len(ranks[0]) == len(ranks[1])
+    expected = {(epoch, microbatch): sums for epoch, microbatch, _, sums in one}
+    found = {(epoch, microbatch): sums for rank in ranks for epoch, microbatch, _, sums in rank}
+    assert {key: found[key] for key in expected} == expected
+    padding = [key for key in found if key not in expected]
+    assert all(key in {tuple(row[:2]) for row in ranks[1]} for key in padding)
+    if "grown" not in name:
+        assert len(padding) == 2
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    clone = make_small(make_clone(tmp_path_factory.mktemp("devices")))
+    clone.set(batch__size=32, batch__microbatch=8, trainer__threads=1, model__activation="SiLU")
+    for stage in ("preprocess", "augment"):
+        clone.run("python", "-m", f"stages.{stage}")
+    return clone
+
+
+def test_one_params_file_gives_one_curve_on_any_number_of_devices(clone):
+    runs = {}
+    for devices in (1, 2):
+        clone.set(hardware__devices=devices)
+        clone.run("python", "-m", "stages.train", "a")
+        folder = clone.path / "models" / "a"
+        rows = list(csv.DictReader((folder / "history.csv").read_text().splitlines()))
+        runs[devices] = rows, load_file(folder / "weights.safetensors")
+    (one, a), (two, b) = runs[1], runs[2]
+    assert [(row["step"], row["lr"]) for row in one] == [(row["step"], row["lr"]) for row in two]
+    assert len({row["lr"] for row in one}) == 2
+    assert 0 < largest_difference(a, b) < 1e-5
