@@ -60,7 +60,7 @@ SECTIONS = {
     "hardware": HardwareConfig,
 }
 NO_NORM = {"model": {"name": "convnet", "norm": {"name": "none"}, "convnet": {"widths": [8], "depth": 1}}}
-FILES = ("weights.safetensors", "model.json", "history.csv", "steps.csv", "layers.csv")
+FILES = ("weights.safetensors", "model.json", "history.csv", "steps.csv", "layers.csv", "initial.csv")
 
 
 def images_of(number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -31,6 +31,7 @@ def test_every_out_is_there(digits: Clone) -> None:
         "models/c/history.csv",
         "models/c/steps.csv",
         "models/c/layers.csv",
+        "models/c/initial.csv",
         "reports/data.json",
         "reports/diagnosis.json",
         "reports/predictions.parquet",

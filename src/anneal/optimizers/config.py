@@ -380,13 +380,11 @@ def conflicts(
     why = f"with {who}, which evaluates a batch more than once before it steps"
     if microbatch != size:
         faults.append(
-            f"batch.microbatch: found {microbatch} {why}, so that no earlier microbatch may be gone, "
-            f"allowed: batch.size ({size})"
+            f"batch.microbatch: found {microbatch} {why} and so needs it in one piece, allowed: batch.size ({size})"
         )
     if grows:
         faults.append(
-            f"batch.growth.at: found a batch that grows beyond its microbatch {why}, so that no earlier microbatch may be "
-            f"gone, allowed: []"
+            f"batch.growth.at: found a batch that grows beyond its microbatch {why} and so needs it in one piece, allowed: []"
         )
     if precision == "16-mixed":
         faults.append(

@@ -178,18 +178,22 @@ def conclude_optimizers(results: Results) -> list[str]:
     best = {label: min(rates, key=lambda lr: mean_of(rates[lr])) for label, rates in points.items()}
     lowest = min(mean_of(points[label][lr]) for label, lr in best.items())
     limit = GOOD * lowest
+    half = 0.5 * math.log(results[0].num_classes)
     lines, widths = [], {label: good_decades(group, limit) for label, group in groups.items()}
+    learned = {label: good_decades(group, half) for label, group in groups.items()}
     for label in groups:
         reached = points[label][best[label]]
         lines.append(
             f"{label}: best rate {rate_text(best[label])}, validation loss "
             f"{stated([r.final('val/loss') for r in reached])}; at most {limit:.3f} over "
-            f"{stated(list(widths[label].values()), 1)} decades of rate"
+            f"{stated(list(widths[label].values()), 1)} decades of rate, at most {half:.2f} (half a guess's) over "
+            f"{stated(list(learned[label].values()), 1)}"
         )
-    order = sorted(groups, key=lambda label: -fmean(widths[label].values()))
-    widest = order[0]
-    for label in order[1:]:
-        lines.append(f"decades of good rates, {widest} against {label}: {differs(widths[widest], widths[label], 2)}")
+    for words, found in (("of good rates", widths), (f"of rates that reach {half:.2f}", learned)):
+        order = sorted(groups, key=lambda label: -fmean(found[label].values()))
+        for label in order[1:]:
+            text = differs(found[order[0]], found[label], 2)
+            lines.append(f"decades {words}, {order[0]} against {label}: {text}")
     leader = min(best, key=lambda label: mean_of(points[label][best[label]]))
     for label in groups:
         if label != leader:

@@ -40,7 +40,7 @@ SCHEDULES = (
     "trapezoid",
     "plateau",
 )
-PEAKS = (0.3, 1.0, 3.0)
+PEAKS = (1.0, 3.0, 6.0)
 """Multiples of the recipe's rate: a schedule that decays may want a higher peak than one that does not."""
 
 COLOURED = 7
@@ -65,6 +65,12 @@ def best_peak(group: Results) -> float:
     """Return the peak rate of the lowest mean validation loss."""
     peaks = grouped(group, "lr")
     return float(min(peaks, key=lambda lr: mean_of(peaks[lr])))
+
+
+def edge(group: Results) -> str:
+    """Say where the best peak is the highest or the lowest that was tried, beyond which may lie a better one."""
+    peaks, best = [float(r.at["lr"]) for r in group], best_peak(group)
+    return " (the highest tried)" if best == max(peaks) else " (the lowest tried)" if best == min(peaks) else ""
 
 
 def draw_schedule(results: Results) -> list[Panel]:
@@ -118,7 +124,7 @@ def conclude_schedule(results: Results) -> list[str]:
     groups = grouped(results, "schedule")
     best = {name: where(group, lr=best_peak(group)) for name, group in groups.items()}
     lines = [
-        f"{name}: best peak {rate_text(best_peak(groups[name]))}, validation loss "
+        f"{name}: best peak {rate_text(best_peak(groups[name]))}{edge(groups[name])}, validation loss "
         f"{stated([r.final('val/loss') for r in runs])}, accuracy {stated([r.final('val/accuracy') for r in runs])}"
         for name, runs in best.items()
     ]
@@ -126,6 +132,15 @@ def conclude_schedule(results: Results) -> list[str]:
         if name != "constant":
             text = differs(by_seed(runs), by_seed(best["constant"]))
             lines.append(f"validation loss, {name} against constant, each at its best peak: {text}")
+    highest = max(r.at["lr"] for r in results)
+    steady = where(groups["constant"], lr=highest)
+    lines.append(f"constant at peak {rate_text(highest)}: validation loss {stated([*by_seed(steady).values()])}")
+    for name, group in groups.items():
+        if name != "constant":
+            runs = where(group, lr=highest)
+            text = differs(by_seed(runs), by_seed(steady))
+            figures = stated([*by_seed(runs).values()])
+            lines.append(f"{name} at peak {rate_text(highest)}: validation loss {figures}, against constant: {text}")
     return lines
 
 
