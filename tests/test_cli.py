@@ -135,6 +135,15 @@ def test_check_says_the_schedule_in_words(project: Path, capsys: pytest.CaptureF
     assert c.endswith("warm-up 10 steps, then step to 0.01")
 
 
+def test_check_claims_no_momentum_where_there_is_none(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(project, "    a: {seed: 0}", "    a: {optimizer: {name: Adagrad}, schedule: {name: one_cycle}}")
+    edit(project, "    b: {seed: 1}", "    b: {optimizer: {name: Rprop}}")
+    cli.main(["check"])
+    a, b, _ = capsys.readouterr().out.splitlines()[-3:]
+    assert "one_cycle" in a and "momentum" not in a
+    assert b.endswith("Rprop, peak rate 0.001, warm-up 0 steps, then constant to 0.001")
+
+
 def test_check_draws_the_schedule(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["check", "--brief", "--plot"])
     assert capsys.readouterr().out == "params.yaml is valid\ndrew studies/schedule.png\n"

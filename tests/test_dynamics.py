@@ -112,6 +112,19 @@ def test_the_rate_is_what_the_optimizer_multiplies_by(name, case):
         torch.testing.assert_close(rates * torch.cat([d.flatten() for d in directions]), -moved, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["Adagrad", "Adam", "RAdam", "NAdam", "RMSprop"])
+def test_a_scalar_between_large_weights_is_no_count_of_steps(name):
+    parameters = [nn.Parameter(torch.ones(size)) for size in ((4, 5), (), (3,))]
+    optimizer = getattr(torch.optim, name)(parameters, lr=0.1)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    places = Places(parameters, largest=3)
+    assert places.stride > 1 and len(places.take(1, parameters[1].detach())) == 0
+    rates = effective_rates(optimizer, parameters, parameters, [torch.ones(())] * 3, places)
+    assert len(rates) == sum(len(places.take(i, p.detach())) for i, p in enumerate(parameters)) > 0
+
+
 @pytest.mark.parametrize("name", ["ASGD", "Adafactor"])
 def test_other_optimizers_are_measured(name):
     assert name not in RATES

@@ -6,6 +6,7 @@ import sys
 import typing
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from anneal.optimizers.muon import MuonWithAdamW, as_matrix, orthogonalize
 from anneal.optimizers.sam import SAM
 from anneal.params import ParamsError, UserError
 from anneal.preprocess import PreprocessConfig
+from anneal.training.config import rate_faults
 from tests.test_training import PLAIN, LastWeights, reference_run, sections, train, write_inputs
 
 Array = np.ndarray
@@ -386,7 +388,7 @@ def test_blocks_of_the_extra() -> None:
         parse(name="Adan")
     with pytest.raises(ParamsError, match=r"optimizer\.Adan\.lr: missing; write Adan: \{lr: 0\.005, \.\.\.\}"):
         parse(Adan={"weight_decay": 0.1})
-    with pytest.raises(ParamsError, match=r"optimizer\.LAMB\.lr: found -1, allowed: a number > 0 | auto"):
+    with pytest.raises(ParamsError, match=r"optimizer\.LAMB\.lr: found -1, allowed: a number > 0 \| auto"):
         parse(LAMB={"lr": -1})
     chosen = parse(name="Adan", Adan={"lr": 0.01, "betas": [0.9, 0.9, 0.9]})
     assert chosen.arguments == {"lr": 0.01, "betas": [0.9, 0.9, 0.9]}
@@ -847,6 +849,7 @@ FINE = {
         ("SGD", {"sam_rho": 0.05, "precision": "16-mixed"}, r"trainer\.precision: found 16-mixed"),
         ("LBFGS", {"sam_rho": 0.05}, r"optimizer\.sam\.rho: found 0\.05 with LBFGS"),
         ("LBFGS", {"lr_factors": {"first": 1.0, "head": 2.0, "layer_decay": 1.0}}, r"optimizer\.lr_factors: "),
+        ("Prodigy", {"lr_factors": {"first": 1.0, "head": 2.0, "layer_decay": 1.0}}, r"optimizer\.lr_factors: "),
         ("LBFGS", {"gradient_clip": 1.0}, r"regularization\.gradient_clip: found 1 with LBFGS"),
         *[
             (
@@ -854,7 +857,7 @@ FINE = {
                 {"arguments": {"lr": "auto"}},
                 rf"optimizer\.{name}\.lr: found auto with {name}, .* allowed: a number",
             )
-            for name in ("LBFGS", "Rprop", "Prodigy", "Muon")
+            for name in ("LBFGS", "Rprop", "Prodigy", "Muon", "AdaBound")
         ],
     ],
 )
@@ -885,6 +888,52 @@ def test_conflicts_are_refused_before_any_work(inputs, tmp_path) -> None:
     with pytest.raises(UserError, match=r"optimizer\.Adan\.beta: unknown argument"):
         train(inputs, tmp_path / "a", optimizer={"name": "Adan", "Adan": {"lr": 0.1, "beta": [0.9, 0.9]}}, **SMALL)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "Rprop", "Prodigy"])
+def test_what_has_no_rate_is_not_scaled(name: str) -> None:
+    (fault,) = rate_faults(name, 0.1, "linear")
+    assert fault.startswith(f"batch.lr_scaling: found linear with {name}, ")
+    assert rate_faults(name, 0.1, "none") == []
+
+
+def test_rprop_reads_its_rate_once_and_follows_no_schedule(inputs, tmp_path) -> None:
+    optimizer = {"name": "Rprop", "Rprop": {"lr": 0.002}}
+    schedule = {"name": "cosine", "warmup": {"length": 0.5, "start": 0.01}}
+    result = train(inputs, tmp_path / "a", optimizer=optimizer, schedule=schedule, **SMALL)
+    assert {row.lr for row in result.rows} == {0.002}
+    plain = {"name": "constant", "warmup": {"length": 0.0}}
+    train(inputs, tmp_path / "b", optimizer=optimizer, schedule=plain, **SMALL)
+    weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(("model", "fits"), [({"hidden": [8]}, False), ({"hidden": [8, 8]}, True)])
+def test_muon_needs_hidden_weights(model: dict, fits: bool) -> None:
+    chosen = sections(optimizer={"name": "Muon"}, model={"name": "mlp", "mlp": model})
+    chosen = {key: chosen[key] for key in ("model", "optimizer", "schedule", "batch", "regularization", "trainer")}
+    preprocess = params.parse(PARAMS, {"preprocess": PreprocessConfig})["preprocess"]
+    with nullcontext() if fits else pytest.raises(ParamsError, match=r"optimizer\.name: found Muon, .*model\.mlp"):
+        check_recipe(**chosen, preprocess=preprocess, num_train=150)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "fault"),
+    [
+        ("LARS", {"lr": 0.1, "momentum": "abc"}, r"optimizer\.LARS\.momentum: found abc, the default is 0\.9"),
+        ("Lion", {"lr": 0.1, "betas": 0.9}, r"optimizer\.Lion\.betas: found 0\.9, the default is"),
+    ],
+)
+def test_a_wrong_value_of_the_extra_names_its_argument(name: str, arguments: dict, fault: str) -> None:
+    with pytest.raises(UserError, match=fault):
+        check_arguments(name, arguments)
+
+
+def test_ranges_that_torch_finds_out_too_late() -> None:
+    with pytest.raises(ParamsError, match=r"optimizer\.Adafactor\.eps: found \[None, None\]"):
+        parse(Adafactor={"lr": 0.1, "eps": [None, None]})
+    with pytest.raises(ParamsError, match=r"optimizer\.Rprop\.step_sizes: found \[1.0, 0.1\]"):
+        parse(Rprop={"lr": 0.1, "step_sizes": [1.0, 0.1]})
 
 
 # ---- every one of them ----------------------------------------------------------------------------------------------

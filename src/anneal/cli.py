@@ -128,6 +128,7 @@ def _resolved(values: dict[str, Any], recipe: Any) -> tuple[list[tuple[str, str]
     """Return the derived values, after the checks that need the data or a library's signatures; and members' schedules."""
     from anneal.batching import plan_run
     from anneal.conflicts import check_recipe
+    from anneal.optimizers.config import schedule_for
     from anneal.preprocess import planned_classes
     from anneal.schedules import Course, factor_arguments, scaled_rate
     from anneal.sources import check_outs, open_source
@@ -186,7 +187,10 @@ def _resolved(values: dict[str, Any], recipe: Any) -> tuple[list[tuple[str, str]
             scaling = {"scaling": batch.lr_scaling, "size": batch.size, "reference_size": batch.reference_size}
             rate = scaled_rate(rate, **scaling)
         total = run.total_steps
-        arguments = factor_arguments(schedule.model_dump(), total_steps=total, steps_per_epoch=run.epoch_steps)
+        followed = schedule_for(optimizer.name, schedule.model_dump())
+        if followed["name"] == "one_cycle" and not optimizer.has_momentum:
+            followed["one_cycle"] = {**followed["one_cycle"], "momentum": None}
+        arguments = factor_arguments(followed, total_steps=total, steps_per_epoch=run.epoch_steps)
         courses[name] = Course(arguments, None if rate == "auto" else rate, run.epoch_steps)
         lines.append(
             (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anneal.batching import BatchConfig, plan_run
-from anneal.models.config import InitConfig, ModelConfig, conflicts, is_custom
+from anneal.models.config import InitConfig, ModelConfig, conflicts, hidden_weights, is_custom
 from anneal.models.custom import call_arguments
 from anneal.optimizers.config import EXTRA, OptimizerConfig
 from anneal.optimizers.config import conflicts as optimizer_conflicts
@@ -78,6 +78,11 @@ def check_recipe(
         precision=trainer.precision,
         gradient_clip=regularization.gradient_clip,
     )
+    if optimizer.name == "Muon" and (hidden := hidden_weights(model.name, model.arguments)) is not None and hidden < 1:
+        faults.append(
+            f"optimizer.name: found Muon, which is for the weights between the first layer and the head, with a "
+            f"model.{model.name} that has none, allowed: AdamW, or a deeper network"
+        )
     if optimizer.name in EXTRA:
         # Only these need the library: the blocks of torch's own are typed.
         from anneal.optimizers.build import check_arguments

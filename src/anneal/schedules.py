@@ -366,6 +366,9 @@ The one other schedule, plateau, is `plateau_factor`: a function of the validati
 LIFTED = frozenset({"linear", "polynomial", "cosine", "cosine_restarts", "one_cycle", "trapezoid"})
 """Curves whose end is at or near 0 by design: a floor lifts the whole curve, where others are cut at it."""
 
+RISING = frozenset({"one_cycle", "cyclic"})
+"""Curves that begin low, and so are a warm-up by themselves."""
+
 SCALINGS: dict[str, Callable[[float], float]] = {
     "none": lambda _: 1.0,
     "linear": lambda ratio: ratio,
@@ -719,7 +722,8 @@ def schedule_faults(
     except ParamsError as error:
         return error.faults
     faults: list[str] = []
-    if scaling == "linear" and size > reference_size and not arguments["warmup_steps"]:
+    warms_up = arguments["warmup_steps"] or schedule["name"] in RISING
+    if scaling == "linear" and size > reference_size and not warms_up:
         faults.append(
             f"batch.lr_scaling: found linear, which makes the rate of batch.size {size} {size / reference_size:g} times "
             f"that of reference_size {reference_size}, with no warm-up, without which training may diverge (Goyal et "

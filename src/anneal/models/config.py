@@ -303,6 +303,17 @@ class InitConfig(Strict):
         return {} if block is None else block.model_dump()
 
 
+def hidden_weights(name: str, arguments: Mapping[str, Any]) -> int | None:
+    """Return how many weight layers stand between the first and the head; None where every such network has some.
+
+    >>> hidden_weights("mlp", {"hidden": [256, 128]}), hidden_weights("resnet", {})
+    (1, None)
+    """
+    if name == "mlp":
+        return max(0, len(arguments["hidden"]) - 1)
+    return len(arguments["widths"]) * arguments["depth"] - 1 if name == "convnet" else None
+
+
 def halvings(name: str, arguments: Mapping[str, Any]) -> int:
     """Return how often a network halves the resolution of its input, from the block of its ``name``.
 

@@ -99,7 +99,17 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
         try:
             build([nn.Parameter(torch.ones(2, 2))], **values)
         except Exception as error:
-            raise UserError(f"{key}: {' '.join(str(error).split())}") from None
+            reason = " ".join(str(error).split())
+            for argument in [name for name in values if name != "lr"]:
+                try:
+                    build([nn.Parameter(torch.ones(2, 2))], **{k: v for k, v in values.items() if k != argument})
+                except Exception:
+                    continue
+                default = known[argument]
+                raise UserError(
+                    f"{key}.{argument}: found {block[argument]}, the default is {default}; {reason}"
+                ) from None
+            raise UserError(f"{key}: {reason}") from None
 
 
 def _values(arguments: Mapping[str, Any]) -> dict[str, Any]:

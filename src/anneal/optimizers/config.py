@@ -155,6 +155,10 @@ class RpropConfig(Block):
     def _one_shrinks_and_one_grows(self) -> RpropConfig:
         if not self.etas[0] < 1 < self.etas[1]:
             raise ValueError(f"etas: found {self.etas}, allowed: a factor below 1 and one above 1, e.g. [0.5, 1.2]")
+        if not self.step_sizes[0] < self.step_sizes[1]:
+            raise ValueError(
+                f"step_sizes: found {self.step_sizes}, allowed: the smallest, then the largest, e.g. [1.0e-6, 0.1]"
+            )
         return self
 
 
@@ -165,6 +169,14 @@ class AdafactorConfig(Block):
     eps: Annotated[list[Positive | None], Field(min_length=2, max_length=2)] = [None, 1e-3]
     d: Annotated[float, Field(ge=1)] = 1.0
     weight_decay: Decay = 0.0
+
+    @model_validator(mode="after")
+    def _the_second_is_a_number(self) -> AdafactorConfig:
+        if self.eps[1] is None:
+            raise ValueError(
+                f"eps: found {self.eps}, allowed: null or a number, then a number > 0, e.g. [null, 1.0e-3]"
+            )
+        return self
 
 
 class LBFGSConfig(Block):
@@ -293,6 +305,13 @@ class OptimizerConfig(Strict):
         block = getattr(self, self.name)
         return block.given() if isinstance(block, Block) else dict(block)
 
+    @property
+    def has_momentum(self) -> bool:
+        """Whether the chosen rule has a momentum that a schedule can cycle."""
+        block = getattr(self, self.name)
+        values = block.model_dump() if isinstance(block, Block) else dict(block)
+        return bool(values.get("momentum") or (values.get("betas") or [0])[0])
+
     @model_validator(mode="after")
     def _a_rate_in_every_block(self) -> OptimizerConfig:
         for name, start in EXTRA.items():
@@ -316,9 +335,24 @@ NO_RATE = {
     "LBFGS": "whose line search finds the length of every step",
     "Rprop": "which grows and shrinks each step by itself and reads lr once",
     "Prodigy": "which estimates its rate by itself and only multiplies it by lr",
+    "AdaBound": "whose bound on the rate the test would move with it",
     "Muon": "which has a second rate, Muon.rest.lr, that one curve cannot tell from the first",
 }
 """Optimizers whose ``lr`` a range test says nothing about, and why."""
+
+OWN_STEPS = ("LBFGS", "Rprop", "Prodigy")
+"""Of these, those whose ``lr`` is not the length of a step."""
+
+
+def schedule_for(name: str, schedule: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the section ``schedule`` as an optimizer follows it: Rprop, which reads its rate once, follows none.
+
+    >>> schedule_for("Rprop", {"name": "cosine", "warmup": {"length": 0.1, "start": 0.01}})
+    {'name': 'constant', 'warmup': {'length': 0.0, 'start': 0.01}}
+    """
+    if name != "Rprop":
+        return dict(schedule)
+    return {**schedule, "name": "constant", "warmup": {**schedule["warmup"], "length": 0.0}}
 
 
 def conflicts(
@@ -358,6 +392,11 @@ def conflicts(
     faults: list[str] = []
     if name in NO_RATE and arguments.get("lr") == "auto":
         faults.append(f"optimizer.{name}.lr: found auto with {name}, {NO_RATE[name]}, allowed: a number")
+    if name == "Prodigy" and any(factor != 1 for factor in lr_factors.values()):
+        faults.append(
+            "optimizer.lr_factors: found factors with Prodigy, which takes the first group's rate for all, "
+            "allowed: 1 for each, or another optimizer"
+        )
     if name == "LBFGS":
         if sam_rho:
             faults.append(

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from anneal.optimizers.config import NO_RATE, OWN_STEPS
 from anneal.params import Strict
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -61,11 +62,16 @@ class TrainerConfig(Strict):
 
 
 def rate_faults(optimizer: str, lr: float | str, lr_scaling: str) -> list[str]:
-    """Say what does not go with ``lr: auto``; an empty list where all does.
+    """Say what does not go with a rate scaled by the batch; an empty list where all does.
 
     >>> len(rate_faults("SGD", "auto", "linear")), len(rate_faults("SGD", 0.1, "linear"))
     (1, 0)
     """
+    if optimizer in OWN_STEPS and lr_scaling != "none":
+        return [
+            f"batch.lr_scaling: found {lr_scaling} with {optimizer}, {NO_RATE[optimizer]}, so that there is no rate to "
+            f"scale, allowed: none"
+        ]
     if lr != "auto" or lr_scaling == "none":
         return []
     return [

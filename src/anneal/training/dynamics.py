@@ -203,7 +203,10 @@ def effective_rates(
             found.append(moved.abs() / gradient.abs())
             continue
         sampled = {
-            key: places.take(i, value) if torch.is_tensor(value) and value.shape == parameter.shape else value
+            # A count of steps has no dimensions, and neither may the parameter.
+            key: places.take(i, value)
+            if torch.is_tensor(value) and value.shape == parameter.shape and key != "step"
+            else value
             for key, value in state.items()
         }
         found.append(rate(group, sampled, moved))

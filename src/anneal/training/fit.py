@@ -149,7 +149,7 @@ def fit(
     KeyboardInterrupt
         Stopped by Ctrl-C or SIGTERM; nothing was written.
     """
-    rate_key = f"optimizer.{optimizer.name}.lr"
+    rate_key = f"optimizer.{optimizer.name}.lr of member {name}"
     if faults := rate_faults(optimizer.name, optimizer.arguments["lr"], batch.lr_scaling):
         raise ParamsError(faults)
     inputs: dict[str, Any] = {
@@ -169,7 +169,7 @@ def fit(
     setup = set_up(**inputs)
     module, network = setup.module, setup.module.classifier.network
     range_test: LRRange | None = None
-    if module.auto_rate and is_first_process():
+    if module.auto_rate and (setup.plan.world_size == 1 or is_first_process()):
         range_test = lr_range(name=name, **inputs)
         module.peak_rate = found_rate(range_test, rate_key)
         print(

@@ -16,7 +16,7 @@ from anneal.models.build import Classifier, build_classifier
 from anneal.models.config import InitConfig, ModelConfig, conflicts
 from anneal.models.initialization import DATA_LAWS, initialize
 from anneal.optimizers.build import check_arguments
-from anneal.optimizers.config import OptimizerConfig
+from anneal.optimizers.config import OptimizerConfig, schedule_for
 from anneal.optimizers.config import conflicts as optimizer_conflicts
 from anneal.params import ParamsError
 from anneal.schedules import ScheduleConfig, factor_arguments, scaled_rate, schedule_faults
@@ -327,7 +327,9 @@ def training_module(
         },
         # Literal totals: to read Lightning's estimate in configure_optimizers costs the loader's state on a resume.
         schedule=factor_arguments(
-            schedule.model_dump(), total_steps=plan.total_steps, steps_per_epoch=plan.epoch_steps
+            schedule_for(optimizer.name, schedule.model_dump()),
+            total_steps=plan.total_steps,
+            steps_per_epoch=plan.epoch_steps,
         ),
         label_smoothing=regularization.label_smoothing,
         l1=regularization.l1,
