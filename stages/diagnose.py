@@ -8,7 +8,7 @@ from typing import Any
 
 from anneal import params, tracking
 from anneal.diagnosis import Run, read_history, summarize
-from anneal.reporting.curves import curves_csv, draw_curves
+from anneal.reporting.curves import curves_csv, draw_curves, mean_curves
 from anneal.store import write_json, write_text
 
 DATA = Path("reports/data.json")
@@ -42,6 +42,7 @@ def main() -> None:
         write_text(OUTS[1], curves_csv(histories))
         draw_curves(histories, OUTS[2])
         run.metrics({f"diagnosis/{name}": float(value) for name, value in summary.items() if isinstance(value, int)})
+        run.curves(mean_curves(histories))
         for out in OUTS:
             run.artifact(out, "diagnosis")
     for name, member in summary["members"].items():

@@ -159,6 +159,7 @@ def grown(at, epochs=8, num_samples=100, **options):
         (["1 epoch", "3 epochs"], 4, [8, 16, 16, 32]),
         ([0.75, "2 epochs"], 4, [8, 8, 16, 32]),
         ([0.01], 3, [8, 16, 16]),  # never in the first epoch, which batch.size is for
+        ([0.75], 2, [8, 16]),  # nor past the last
         ([0.5, 0.75], 1, [8]),  # a run cut short for a try
         (["5 epochs"], 1, [8]),
     ],

@@ -66,6 +66,8 @@ def test_the_largest_divisor_that_fits(size, processes, limit):
 def test_candidates_divide_the_batch_over_processes():
     assert candidates(32) == [1, 2, 4, 8, 16, 32]
     assert candidates(96, processes=4, smallest=2) == [2, 3, 4, 6, 8, 12, 24]
+    assert candidates(96, multiple_of=16) == [16, 32, 48, 96]
+    assert candidates(8, multiple_of=16) == []
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ def test_several_processes_and_no_norm(inputs):
     ("overrides", "message"),
     [
         ({"optimizer": {"name": "LBFGS"}}, "LBFGS needs batch.microbatch = batch.size"),
-        ({"hardware": {"devices": 3}}, r"batch\.size: found 64, which 3 processes do not divide"),
+        ({"hardware": {"devices": 3}}, r"batch\.size: found 64, which leaves no microbatch for 3 processes"),
     ],
 )
 def test_what_leaves_no_choice_is_refused(inputs, overrides, message):

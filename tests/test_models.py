@@ -18,6 +18,7 @@ from anneal import params
 from anneal.conflicts import check_recipe
 from anneal.models.build import (
     NETWORKS,
+    Classifier,
     build_classifier,
     build_network,
     count_macs,
@@ -37,7 +38,8 @@ from anneal.models.config import (
 )
 from anneal.models.convnext import ConvNeXtBlock
 from anneal.models.custom import import_callable
-from anneal.models.initialization import initialize
+from anneal.models.initial_statistics import initial_statistics
+from anneal.models.initialization import initialize, rehearsal_of
 from anneal.models.layers import ACTIVATIONS, Dropout, LayerScale, ResidualBlock, StochasticDepth
 from anneal.models.normalization import KINDS, Normalization
 from anneal.models.norms import NORMS, GhostBatchNorm1d, GhostBatchNorm2d, LayerNorm2d
@@ -767,17 +769,17 @@ def test_pca_needs_a_fully_connected_network() -> None:
         )
 
 
-def test_batch_norm_cannot_see_one_value() -> None:
+def test_batch_norm_cannot_see_one_image() -> None:
     deep = {"widths": [8] * 4, "depths": [1] * 4, "stem": "small"}
     assert (
         "batch.microbatch: found 1" in conflicts("mlp", arguments={"hidden": [8]}, height=8, width=8, microbatch=1)[0]
     )
     assert "batch.microbatch: found 1" in conflicts("resnet", arguments=deep, height=8, width=8, microbatch=1)[0]
-    assert conflicts("resnet", arguments=deep, height=16, width=16, microbatch=1) == []
+    assert "batch.microbatch: found 1" in conflicts("resnet", arguments=deep, height=16, width=16, microbatch=1)[0]
+    assert conflicts("resnet", arguments=deep, height=16, width=16, norm="group", microbatch=1) == []
     assert conflicts("mlp", arguments={"hidden": [8]}, height=8, width=8, norm="none", microbatch=1) == []
     with pytest.raises(ValueError, match="more than 1 value"):
         build(arguments=deep, height=8, width=8).train()(torch.zeros(1, 3, 8, 8))
-    build(arguments=deep, height=16, width=16).train()(torch.zeros(1, 3, 16, 16))
 
 
 def test_unknown_names_are_refused() -> None:
@@ -862,6 +864,10 @@ def test_a_folder_that_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "a" / "model.json").write_text(json.dumps(model))
     with pytest.raises(UserError, match=r"does not fit model\.json"):
         load_classifier(tmp_path / "a")
+    for damaged in ({}, [], {**model, "architecture": {**model["architecture"], "foo": 1}}):
+        (tmp_path / "a" / "model.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match=r"a: model\.json is damaged, or of another version"):
+            load_classifier(tmp_path / "a")
     (tmp_path / "a" / "weights.safetensors").write_bytes(b"not weights")
     with pytest.raises(UserError, match="damaged"):
         load_classifier(tmp_path / "a")
@@ -891,6 +897,39 @@ def test_a_custom_network_draws_its_own_weights() -> None:
     network = custom("Small", {}, seed=5)
     initialize(network, "zeros", {}, zero_last=True, activation="ReLU", seed=0)
     assert all(torch.equal(a[key], value) for key, value in network.state_dict().items())
+
+
+def test_lazy_layers_draw_under_the_seed_too() -> None:
+    weights = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        weights.append(custom("lazy", {}, seed=5).state_dict())
+        assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.parametrize("name", ["normed", "Frozen", "lazy", "Small"])
+def test_common_habits_of_custom_networks(name: str) -> None:
+    classifier = Classifier(Normalization("scale", None, H, W, 3), custom(name, {}))
+    assert count_macs(classifier.network, (3, H, W)) > 0
+    images, labels = torch.randint(0, 256, (16, H, W, 3), dtype=torch.uint8), torch.arange(16) % 7
+    assert len(initial_statistics(classifier, images, labels)) > 1
+    inputs = classifier.normalization(images)
+    initialize(
+        classifier.network,
+        "lsuv",
+        {"tolerance": 0.1, "max_iterations": 1},
+        zero_last=False,
+        activation="ReLU",
+        seed=0,
+        images=inputs,
+    )
+
+
+def test_a_rehearsal_keeps_the_norms_of_a_custom_network_on_batch_statistics() -> None:
+    rehearsal = rehearsal_of(custom("normed", {}))
+    assert all(module.training for module in rehearsal.modules() if isinstance(module, nn.BatchNorm2d))
 
 
 def test_a_custom_network_draws_by_its_key_alone() -> None:
@@ -929,6 +968,7 @@ def test_a_custom_network_learns_from_channels_last_images() -> None:
         ("small_or_large", {}, "model.custom.large: missing; tests.custom_models.networks:small_or_large needs it"),
         ("no_module", {}, "model.name: .* returned int, allowed: a torch.nn.Module"),
         ("features", {}, "model.name: .* makes (2, 5) of 2 images, allowed: (2, 7)"),
+        ("untrainable", {}, "model.name: .* has no trainable parameters"),
         ("broken", {}, "model.name: .* failed: RuntimeError: out of ideas (networks.py, line "),
         ("Small", {"width": "4"}, "model.name: .* failed: TypeError: "),
     ],

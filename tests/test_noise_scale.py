@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 
+from anneal.training.module import frozen_statistics
 from anneal.training.noise_scale import NoiseScale, estimate, gradient_squares, noise_scale, sample_sizes
 from anneal.training.setup import set_up
 from tests.test_training import NO_NORM, sections, train, write_inputs
@@ -195,6 +196,21 @@ def test_nothing_is_touched(inputs):
     # The same samples and the same draws of dropout, whatever came before.
     torch.rand(5)
     assert callback.measure(module) == found == callback_for(setup).measure(module)
+
+
+def test_running_statistics_of_any_layer_are_left_alone(inputs):
+    setup = setup_of(inputs, model={"name": "tests.custom_models.networks:normed"})
+    module = setup.module.train()
+    before = {name: value.clone() for name, value in module.classifier.named_buffers()}
+    assert any("running_mean" in name for name in before)
+    callback_for(setup).measure(module)
+    assert all(torch.equal(value, before[name]) for name, value in module.classifier.named_buffers())
+    images = setup.train.__getitems__([(0, 0), *range(16)]).images
+    with frozen_statistics(module.classifier):
+        module.classifier(images)
+    assert all(torch.equal(value, before[name]) for name, value in module.classifier.named_buffers())
+    module.classifier(images)
+    assert not all(torch.equal(value, before[name]) for name, value in module.classifier.named_buffers())
 
 
 def test_measures_what_is_trained_on(inputs):

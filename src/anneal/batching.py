@@ -295,9 +295,9 @@ def plan_run(
 
 
 def _whole_epochs(point: float | str, epochs: int) -> int:
-    """Return the epoch, from 0, at whose start the batch grows; a fraction is rounded (halves up), but not to the first."""
+    """Return the epoch, from 0, at whose start the batch grows; a fraction is rounded (halves up), but neither to the first nor past the last."""
     if not isinstance(point, str):
-        return max(1, math.floor(point * epochs + 0.5))
+        return max(1, min(epochs - 1, math.floor(point * epochs + 0.5)))
     start = int(point.split()[0])
     if start >= epochs > 1:
         raise ParamsError(

@@ -112,14 +112,16 @@ class Finding:
 # ---- which ----------------------------------------------------------------------------------------------------------
 
 
-def candidates(size: int, *, processes: int = 1, smallest: int = 1) -> list[int]:
+def candidates(size: int, *, processes: int = 1, smallest: int = 1, multiple_of: int = 1) -> list[int]:
     """Return the microbatches of at least ``smallest`` samples that divide a batch over processes, ascending.
+
+    ``multiple_of`` is what they must be a multiple of, such as the ghost batches of a norm.
 
     >>> candidates(48, processes=2, smallest=2)
     [2, 3, 4, 6, 8, 12, 24]
     """
     share = size // processes
-    return [m for m in range(smallest, share + 1) if share % m == 0]
+    return [m for m in range(smallest, share + 1) if share % m == 0 and m % multiple_of == 0]
 
 
 def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
@@ -225,7 +227,13 @@ def synchronize(device: torch.device) -> None:
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Return whether an error says that memory was not enough: torch's own class, or its words where it has none."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
+    words = (
+        "out of memory",
+        "can't allocate memory",
+        "not enough memory",
+        "alloc_failed",
+        "cudnn_status_not_supported",
+    )
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error).lower() for word in words)
 
 
@@ -360,11 +368,13 @@ def find_microbatch(
         )
     processes = devices * hardware.num_nodes
     batch_norm = model.norm.name == "batch"
-    sizes = candidates(batch.size, processes=processes, smallest=min(1 + batch_norm, batch.size // processes))
+    ghost = (model.norm.batch.ghost or 1) if batch_norm else 1
+    sizes = candidates(batch.size, processes=processes, smallest=1 + batch_norm, multiple_of=ghost)
     if batch.size % processes or not sizes:
         raise UserError(
-            f"params.yaml: batch.size: found {batch.size}, which {processes} processes do not divide; allowed: a multiple "
-            f"of hardware.devices {devices} x hardware.num_nodes {hardware.num_nodes}"
+            f"params.yaml: batch.size: found {batch.size}, which leaves no microbatch for {processes} processes"
+            f"{f' and ghost batches of {ghost}' if ghost > 1 else ''}; allowed: a multiple of hardware.devices {devices} x "
+            f"hardware.num_nodes {hardware.num_nodes}{f' x model.norm.batch.ghost {ghost}' if ghost > 1 else ''}"
         )
     with quiet(), global_settings():
         setup = set_up(
@@ -430,7 +440,8 @@ def _on_gpu(
             setup,
             microbatch,
             context=context,
-            passes=min(2, share // microbatch),
+            # A batch that grows accumulates later, where it does not at first.
+            passes=2 if batch.growth.at else min(2, share // microbatch),
             noise=noise if batch.noise_microbatches and len(noise.index) else None,
         )
         return trials[microbatch].fits

@@ -200,6 +200,10 @@ class Run:
         """Log metrics on the parent run, which make its row in the runs table, and renew its description."""
         self._send("headline", values=values, time=_now())
 
+    def curves(self, values: Mapping[str, Sequence[float]]) -> None:
+        """Log curves on the parent run as ``curve/<name>``, a value an epoch, so that recipes overlay in one chart."""
+        self._send("curves", values=values, time=_now())
+
     def tag(self, key: str, value: object) -> None:
         """Set a tag of this run."""
         self._send("tag", key=key, value=str(value))
@@ -863,8 +867,21 @@ class _Session:
     def headline(self, values: dict[str, float], time: int) -> None:
         if self.parent_id:
             self.log_metrics(self.parent_id, values, 0, time)
-            known = self.client.get_run(self.parent_id).data.metrics
+            metrics = self.client.get_run(self.parent_id).data.metrics
+            known = {key: value for key, value in metrics.items() if not key.startswith("curve/")}
             self.client.set_tag(self.parent_id, NOTE, _description(self.params, known))
+
+    def curves(self, values: dict[str, list[float]], time: int) -> None:
+        from mlflow.entities import Metric
+
+        items = [
+            Metric(f"curve/{key}", float(value), time, step)
+            for key, curve in values.items()
+            for step, value in enumerate(curve, 1)
+        ]
+        for start in range(0, len(items), 1000):
+            if self.parent_id:
+                self.client.log_batch(self.parent_id, metrics=items[start : start + 1000])
 
     def child(
         self,

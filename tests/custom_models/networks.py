@@ -47,6 +47,45 @@ def features(in_chans: int) -> nn.Module:
     return Small(5, in_chans)
 
 
+def lazy(num_classes: int) -> nn.Module:
+    """Return a network whose weights are drawn in its first forward pass."""
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+
+
+def normed(num_classes: int, in_chans: int) -> nn.Module:
+    """Return a network with running statistics of two kinds and a weight that is computed from others."""
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(in_chans, 8, 3, padding=1))
+    return nn.Sequential(
+        conv,
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.InstanceNorm2d(8, track_running_stats=True),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, num_classes),
+    )
+
+
+class Frozen(nn.Module):
+    """A head on features without a gradient."""
+
+    def __init__(self, num_classes: int, in_chans: int) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(in_chans, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(4, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits (N, num_classes)."""
+        with torch.no_grad():
+            features = self.backbone(x)
+        return self.head(features)
+
+
+def untrainable(num_classes: int, in_chans: int) -> nn.Module:
+    """Return a network without anything to train."""
+    return Small(num_classes, in_chans).requires_grad_(False)
+
+
 def broken() -> nn.Module:
     """Fail as code does."""
     raise RuntimeError("out of ideas")

@@ -20,6 +20,7 @@ OPTIMIZERS, SCHEDULES = ["SGD", "Adagrad", "RMSprop", "Adam"], ["step", "cosine"
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_a_grid_of_optimizers_and_schedules(fresh: Clone, tmp_path: Path) -> None:
+    fresh.set(data__limit=None)
     fresh.repro()
     fresh.run("git", "add", "-A")
     fresh.run("git", "commit", "-qm", "lock")
@@ -49,7 +50,7 @@ def test_a_grid_of_optimizers_and_schedules(fresh: Clone, tmp_path: Path) -> Non
     }
     assert sorted(grid) == sorted(itertools.product(OPTIMIZERS, SCHEDULES))
     for run in grid.values():
-        assert 0.3 < run.data.metrics["val/accuracy"] <= 1
+        assert 0.5 < run.data.metrics["val/accuracy"] <= 1
         assert not [name for name in run.data.metrics if name.startswith("test/")]
         name = run.data.params["optimizer.name"]
         # Each optimizer with its own block of arguments.
@@ -91,9 +92,8 @@ def look(store: str, grid: dict, trained: list, folder: Path) -> None:
         page.screenshot(path=folder / "compare.png")
         page.goto(
             f"{address}/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
-            "&searchFilter=tags.stage%20%3D%20%27train%27"
         )
-        page.get_by_placeholder("Search metric charts").fill("val/loss")
+        page.get_by_placeholder("Search metric charts").fill("curve/val_loss")
         page.wait_for_function("document.querySelectorAll('path.js-line').length >= 8")
         page.wait_for_timeout(1000)
         page.screenshot(path=folder / "curves.png")

@@ -36,6 +36,9 @@ def test_learning_curves_are_whole(digits: Clone) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient(sqlite(digits.path))
+    (parent,) = parents(sqlite(digits.path))
+    assert len(client.get_metric_history(parent.info.run_id, "curve/val_loss")) == 30
+    assert "curve/" not in parent.data.tags["mlflow.note.content"]
     for run in children(sqlite(digits.path), "train"):
         for metric in ("train/loss", "val/loss", "train/accuracy", "val/accuracy", "lr", "grad_norm"):
             history = client.get_metric_history(run.info.run_id, metric)

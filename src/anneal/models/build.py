@@ -153,23 +153,27 @@ def custom_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "init", path))
         module = construct(path, arguments, num_classes=num_classes, in_channels=shape[0])
-    if not isinstance(module, nn.Module):
-        raise UserError(f"model.name: {path} returned {type(module).__name__}, allowed: a torch.nn.Module")
-    network = Custom(module)
-    try:
-        with torch.no_grad():
-            output = network.eval()(torch.zeros(2, *shape))
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"model.name: {path} cannot take images of (N, {', '.join(map(str, shape))}): {type(error).__name__}: {reason}"
-        ) from error
+        if not isinstance(module, nn.Module):
+            raise UserError(f"model.name: {path} returned {type(module).__name__}, allowed: a torch.nn.Module")
+        network = Custom(module)
+        try:
+            # Lazy layers draw their weights here.
+            with torch.no_grad():
+                output = network.eval()(torch.zeros(2, *shape))
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"model.name: {path} cannot take images of (N, {', '.join(map(str, shape))}): "
+                f"{type(error).__name__}: {reason}"
+            ) from error
     found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
     if found != (2, num_classes):
         raise UserError(
             f"model.name: {path} makes {found} of 2 images, allowed: (2, {num_classes}), a logit a class; give it its "
             f"number of classes in model.custom"
         )
+    if not count_parameters(network):
+        raise UserError(f"model.name: {path} has no trainable parameters, allowed: a network with some")
     return network.train()
 
 
@@ -247,7 +251,15 @@ def load_classifier(folder: Path | str) -> tuple[Classifier, dict[str, Any]]:
         raise UserError(f"{folder}: no trained member here; run `dvc repro train@{folder.name}` first") from None
     except (json.JSONDecodeError, SafetensorError) as error:
         raise UserError(f"{folder}: damaged ({error}); run `dvc checkout` or train again") from None
-    classifier = build_classifier(model["architecture"], model["normalization"], None)
+    try:
+        classifier = build_classifier(model["architecture"], model["normalization"], None)
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"{folder}: model.json is damaged, or of another version ({reason}); run `dvc checkout` or train again"
+        ) from None
     try:
         classifier.load_state_dict(weights)
     except RuntimeError as error:
@@ -292,7 +304,8 @@ def count_macs(network: nn.Module, shape: tuple[int, ...]) -> int:
 
     def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         nonlocal total
-        weight = module.get_parameter("weight")
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
         transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
         total += (inputs[0] if transposed else output).numel() * weight[0].numel()
 

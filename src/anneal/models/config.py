@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import gcd
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from anneal.models.custom import PATTERN
 from anneal.params import Strict
@@ -192,7 +192,7 @@ class ModelConfig(Strict):
     airbench: AirbenchConfig
     convnet: ConvNetConfig
     mlp: MLPConfig
-    custom: dict[str, Any]
+    custom: dict[str, JsonValue]
 
     @model_validator(mode="before")
     @classmethod
@@ -479,9 +479,9 @@ def _norm_conflicts(
     area = _last_map(name, arguments, height) * _last_map(name, arguments, width)
     if norm == "batch" and microbatch is not None:
         ghost = given.get("ghost")
-        if microbatch == 1 and area == 1 and channels:
+        if microbatch == 1 and channels:
             return [
-                "batch.microbatch: found 1, where batch normalisation sees a single value a channel, allowed: 2 or more, "
+                "batch.microbatch: found 1, where batch normalisation sees a single image, allowed: 2 or more, "
                 "or model.norm.name: group | layer | none"
             ]
         if ghost is not None and microbatch % ghost:

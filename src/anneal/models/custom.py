@@ -20,7 +20,8 @@ PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0
 def import_callable(path: str) -> Callable[..., Any]:
     """Import what ``package.module:callable`` names: a function or a class. To import a module is to run its code.
 
-    Modules are looked for where Python looks, and last in the current folder, which for the pipeline is the repository.
+    Modules are looked for in the current folder first, which for the pipeline is the repository, as Python itself does for
+    ``python -m``, then where Python looks.
 
     Raises
     ------
@@ -31,7 +32,7 @@ def import_callable(path: str) -> Callable[..., Any]:
         raise UserError(f"model.name: found {path}, allowed: package.module:callable")
     module_name, _, name = path.partition(":")
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+        sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -42,7 +43,7 @@ def import_callable(path: str) -> Callable[..., Any]:
                 f"folder that holds dvc.yaml"
             ) from None
         raise UserError(f"model.name: {module_name} imports {missing}, which is not installed") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"model.name: importing {module_name} failed: {_reason(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -107,11 +108,11 @@ def construct(path: str, arguments: Mapping[str, Any], *, num_classes: int, in_c
     function, given = call_arguments(path, arguments, num_classes=num_classes, in_channels=in_channels)
     try:
         return function(**given)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"model.name: {path} failed: {_reason(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Say in one line what was raised and where: the code is the user's own, and they will want to look there."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""

@@ -120,7 +120,8 @@ def initial_statistics(classifier: Classifier, images: torch.Tensor, labels: tor
             axis = -1 if kind == "linear" else 1
         call = _Call(name, kind, axis, output.ndim)
         call.see(output.detach(), module)
-        output.register_hook(call.see_gradient)
+        if output.requires_grad:  # not behind a network that computes its features without a gradient
+            output.register_hook(call.see_gradient)
         calls.append(call)
 
     for module in found:
@@ -163,7 +164,9 @@ class _Call:
         if self.kind == "activation":
             self.dead = float((units == 0).all(1).float().mean())
         elif len(units) > 1:
-            weight = module.get_parameter("weight").detach().flatten(1)
+            weight = module.weight
+            assert isinstance(weight, torch.Tensor)
+            weight = weight.detach().flatten(1)
             self.spread = max(_spread(values) / (_largest(values) or 1.0) for values in (weight, units))
 
     def see_gradient(self, gradient: torch.Tensor) -> None:

@@ -223,7 +223,10 @@ def lsuv(network: nn.Module, images: torch.Tensor, *, tolerance: float, max_iter
     """
     rehearsal = rehearsal_of(network)
     names: dict[nn.Module, str] = {
-        layer: name for name, layer in rehearsal.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)
+        layer: name
+        for name, layer in rehearsal.named_modules()
+        # A weight that is computed from others, as by weight_norm, has no scale of its own to set.
+        if isinstance(layer, nn.Conv2d | nn.Linear) and isinstance(layer.weight, nn.Parameter)
     }
     factors: dict[str, float] = {}
 
@@ -362,7 +365,8 @@ def rehearsal_of(network: nn.Module) -> nn.Module:
     """Return a copy that acts as in training, on batch statistics, but draws nothing at random."""
     rehearsal = copy.deepcopy(network).train()
     for module in rehearsal.modules():
-        if isinstance(module, KeyedRandom | _DropoutNd):
+        # A network from elsewhere holds its layers; only what draws itself is set at rest.
+        if isinstance(module, KeyedRandom | _DropoutNd) and not isinstance(module, Custom):
             module.eval()
     return rehearsal
 

@@ -198,7 +198,8 @@ class Custom(KeyedRandom):
         x = x.flatten().view(x.shape)
         if self.key is None or not self.training:
             return self.module(x)
-        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        # manual_seed seeds every GPU that this process sees.
+        with torch.random.fork_rng(list(range(torch.cuda.device_count())) if x.is_cuda else []):
             torch.manual_seed(self.key)
             return self.module(x)
 

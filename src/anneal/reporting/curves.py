@@ -16,6 +16,21 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#0
 """Okabe & Ito's palette, which colour-blind readers can tell apart; the yellow, faint on white, is left out."""
 
 
+def mean_curves(histories: Mapping[str, Mapping[str, list[float]]]) -> dict[str, list[float]]:
+    """Return each quantity's mean over the members that still train, a value an epoch.
+
+    >>> history = {"epoch": [1, 2], **{quantity: [1.0, 3.0] for quantity in QUANTITIES}}
+    >>> mean_curves({"a": history})["val_loss"]
+    [1.0, 3.0]
+    """
+    means: dict[str, list[float]] = {quantity: [] for quantity in QUANTITIES}
+    for i in range(max(len(history["epoch"]) for history in histories.values())):
+        training = [history for history in histories.values() if i < len(history["epoch"])]
+        for quantity in QUANTITIES:
+            means[quantity].append(fmean(history[quantity][i] for history in training))
+    return means
+
+
 def curves_csv(histories: Mapping[str, Mapping[str, list[float]]]) -> str:
     """Return one table: ``epoch``, a column for each quantity, and one for each member and quantity (``a_val_loss``).
 
@@ -27,14 +42,19 @@ def curves_csv(histories: Mapping[str, Mapping[str, list[float]]]) -> str:
         Member to the columns of its history.csv.
     """
     names = [(member, quantity) for member in histories for quantity in QUANTITIES]
+    means = mean_curves(histories)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["epoch", *QUANTITIES, *(f"{member}_{quantity}" for member, quantity in names)])
-    for i in range(max(len(history["epoch"]) for history in histories.values())):
-        training = [history for history in histories.values() if i < len(history["epoch"])]
-        means = [repr(fmean(history[quantity][i] for history in training)) for quantity in QUANTITIES]
+    for i in range(len(means[QUANTITIES[0]])):
         columns = [histories[member][quantity] for member, quantity in names]
-        writer.writerow([i + 1, *means, *(repr(column[i]) if i < len(column) else "" for column in columns)])
+        writer.writerow(
+            [
+                i + 1,
+                *(repr(mean[i]) for mean in means.values()),
+                *(repr(column[i]) if i < len(column) else "" for column in columns),
+            ]
+        )
     return buffer.getvalue()
 
 

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from anneal.batching import RunPlan
 from anneal.mixing import mix
@@ -318,23 +318,27 @@ def set_momentum(group: dict[str, Any], momentum: float) -> None:
 
 @contextmanager
 def frozen_statistics(network: nn.Module, *, when: bool = True) -> Iterator[None]:
-    """Keep BatchNorm's running statistics as they are within the block, while it normalises by the batch's own.
+    """Keep running statistics as they are within the block, while norm layers normalise by the batch's own.
 
     Parameters
     ----------
     network
-        Whose BatchNorm layers are meant.
+        Whose batch and instance norm layers are meant.
     when
         False does nothing.
     """
-    layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats] if when else []
+    layers = [m for m in network.modules() if isinstance(m, _NormBase) and m.track_running_stats] if when else []
+    before = [(layer, layer.momentum) for layer in layers]
     for layer in layers:
-        layer.track_running_stats = False
+        if isinstance(layer, _BatchNorm):
+            layer.track_running_stats = False
+        else:  # instance norm updates whatever the flag says
+            layer.momentum = 0.0
     try:
         yield
     finally:
-        for layer in layers:
-            layer.track_running_stats = True
+        for layer, momentum in before:
+            layer.track_running_stats, layer.momentum = True, momentum
 
 
 class WindowNorms:

@@ -205,7 +205,7 @@ class NoiseScale(pl.Callback):
                     loss = module.summed_loss(classifier(images), labels)
                 yield loss * (scale / len(index))
 
-        with torch.enable_grad(), frozen_statistics(classifier), kept_keys(classifier):
+        with torch.enable_grad(), frozen_statistics(classifier), kept_keys(classifier), kept_buffers(classifier):
             mean_of_squares, square_of_mean, number = gradient_squares(losses(), module.weights, scale)
         return estimate(
             mean_of_squares,
@@ -222,6 +222,18 @@ class NoiseScale(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what `state_dict` returned."""
         self.estimates = [(square, trace) for square, trace in state_dict["estimates"]]
+
+
+@contextmanager
+def kept_buffers(network: nn.Module) -> Iterator[None]:
+    """Give buffers their values back at the end, whatever layer writes them in training."""
+    kept = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
 
 
 @contextmanager
