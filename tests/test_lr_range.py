@@ -17,7 +17,7 @@ from anneal import cli, params
 from anneal.batching import epoch_order
 from anneal.conflicts import check_recipe
 from anneal.models.build import load_classifier
-from anneal.optimizers.config import NO_RATE
+from anneal.optimizers.config import EXTRA, NO_RATE
 from anneal.params import ParamsError, UserError
 from anneal.preprocess import PreprocessConfig
 from anneal.reporting.lines import from_values
@@ -239,7 +239,7 @@ def test_it_leaves_nothing_behind(flipped):  # noqa: F811
 @pytest.mark.parametrize("name", sorted(NO_RATE))
 def test_optimizers_without_one_rate_are_refused(inputs, name):  # noqa: F811
     with pytest.raises(UserError, match=rf"optimizer\.name: found {name}.*no one rate to test"):
-        sweep(inputs, optimizer={"name": name, **({"Prodigy": {"lr": 1.0}} if name == "Prodigy" else {})})
+        sweep(inputs, optimizer={"name": name, **({name: {"lr": 1.0}} if name in EXTRA else {})})
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_the_recorded_rate_is_the_scaled_one(inputs, tmp_path):  # noqa: F811
 
 def test_auto_without_a_descent_stops_before_training(inputs, tmp_path):  # noqa: F811
     with pytest.raises(
-        UserError, match=r"^params\.yaml: optimizer\.SGD\.lr: found auto, but .* never descends.*allowed"
+        UserError, match=r"^params\.yaml: optimizer\.SGD\.lr of member a: found auto, but .* never descends.*allowed"
     ):
         train(
             inputs,

@@ -349,7 +349,7 @@ def test_mistakes_are_named() -> None:
     # pytorch_optimizer itself swallows what it does not know.
     with pytest.raises(UserError, match=r"optimizer.LAMB.weight_dekay: unknown argument; did you mean 'weight_decay'"):
         check_arguments("LAMB", {"lr": "auto", "weight_dekay": 0.1})
-    with pytest.raises(UserError, match=r"optimizer.Lion: .*beta"):
+    with pytest.raises(UserError, match=r"optimizer.Lion.betas: .*beta"):
         check_arguments("Lion", {"lr": 0.1, "betas": [0.9, 2.0]})
     with pytest.raises(UserError, match=r"optimizer.Muon.rest.beta: unknown argument; did you mean 'betas'"):
         check_arguments("Muon", {"lr": 0.1, "rest": {"lr": 0.1, "beta": [0.9, 0.9]}})
