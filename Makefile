@@ -52,6 +52,8 @@ format: $(STAMP) ## let ruff mend what it can
 bench: $(STAMP) ## print the performance ratios of docs/performance.md
 	@python bench/loader.py
 	@python bench/step.py
+	@python bench/dynamics.py
+	@python bench/optimizers.py
 
 schema: $(STAMP) ## write params.schema.json anew from the section classes
 	@python -m anneal.recipe
