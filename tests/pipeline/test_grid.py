@@ -50,14 +50,16 @@ def test_a_grid_of_optimizers_and_schedules(fresh: Clone, tmp_path: Path) -> Non
     }
     assert sorted(grid) == sorted(itertools.product(OPTIMIZERS, SCHEDULES))
     for run in grid.values():
-        assert 0.5 < run.data.metrics["val/accuracy"] <= 1
+        assert 0.2 < run.data.metrics["val/accuracy"] <= 1  # 8 channels, 6 epochs
         assert not [name for name in run.data.metrics if name.startswith("test/")]
         name = run.data.params["optimizer.name"]
         # Each optimizer with its own block of arguments.
         assert f"optimizer.{name}.lr" in run.data.params
     trained = [run for run in children(store, "train") if run.data.tags.get("DVC_EXP_NAME")]
     assert len(trained) == 8
-    assert len({run.data.metrics["peak_lr"] for run in trained}) == 4
+    for run in trained:
+        given = run.data.params
+        assert run.data.metrics["peak_lr"] == float(given[f"optimizer.{given['optimizer.name']}.lr"])
     look(store, grid, trained, Path(os.environ.get("ANNEAL_SCREENSHOTS", tmp_path)) / "grid")
 
 
