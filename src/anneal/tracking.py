@@ -847,9 +847,11 @@ class _Session:
     def log_metrics(self, run_id: str, values: dict[str, float], step: int, time: int, **ties: Any) -> None:
         from mlflow.entities import Metric
 
-        items = [Metric(key, float(value), time, step, **ties) for key, value in values.items()]
-        for start in range(0, len(items), 1000):
-            self.client.log_batch(run_id, metrics=items[start : start + 1000])
+        self.log_points(run_id, [Metric(key, float(value), time, step, **ties) for key, value in values.items()])
+
+    def log_points(self, run_id: str, points: list[Metric]) -> None:
+        for start in range(0, len(points), 1000):  # MLflow's limit a call
+            self.client.log_batch(run_id, metrics=points[start : start + 1000])
 
     def metrics(self, values: dict[str, float], step: int, time: int) -> None:
         from mlflow.entities import Metric
@@ -861,8 +863,7 @@ class _Session:
     def flush(self) -> None:
         """Log the metrics that came in while the store was slow, in as few calls as MLflow's limit allows."""
         waiting, self.waiting = self.waiting, []
-        for start in range(0, len(waiting), 1000):
-            self.client.log_batch(self.run_id, metrics=waiting[start : start + 1000])
+        self.log_points(self.run_id, waiting)
 
     def headline(self, values: dict[str, float], time: int) -> None:
         if self.parent_id:
@@ -874,14 +875,13 @@ class _Session:
     def curves(self, values: dict[str, list[float]], time: int) -> None:
         from mlflow.entities import Metric
 
-        items = [
+        points = [
             Metric(f"curve/{key}", float(value), time, step)
             for key, curve in values.items()
             for step, value in enumerate(curve, 1)
         ]
-        for start in range(0, len(items), 1000):
-            if self.parent_id:
-                self.client.log_batch(self.parent_id, metrics=items[start : start + 1000])
+        if self.parent_id:
+            self.log_points(self.parent_id, points)
 
     def child(
         self,
@@ -901,8 +901,7 @@ class _Session:
         run_id = run.info.run_id
         self.log_params(run_id, flat_params(values))
         metrics = [Metric(k, float(v), ended, row["step"]) for row in series for k, v in row["values"].items()]
-        for start in range(0, len(metrics), 1000):  # MLflow's limit a call
-            self.client.log_batch(run_id, metrics=metrics[start : start + 1000])
+        self.log_points(run_id, metrics)
         self.client.set_terminated(run_id, "FINISHED", ended)
         self.client.set_tag(run_id, "run.key", key)  # last, so that only a whole run counts as logged
 
