@@ -54,9 +54,11 @@ bench: $(STAMP) ## print the performance ratios of docs/performance.md
 	@python bench/step.py
 	@python bench/dynamics.py
 	@python bench/optimizers.py
+	@python bench/norms.py
 
-schema: $(STAMP) ## write params.schema.json anew from the section classes
+schema: $(STAMP) ## write params.schema.json and docs/params.md anew from the section classes
 	@python -m anneal.recipe
+	@python -m anneal.reference
 
 # torch's own metadata pins its CUDA packages exactly; left out here, a CPU build of torch stays one.
 lock: $(STAMP) ## resolve pyproject.toml anew into requirements.lock

@@ -1,6 +1,6 @@
 """What the telemetry of a run costs: the time of the calls that it adds, as a share of an epoch.
 
-Trains the network of recipes/fashion-mnist.yaml on noise, with metrics to a real MLflow store, and takes the time that
+Trains the network of recipes/fashion-mnist-fast.yaml on noise, with metrics to a real MLflow store, and takes the time that
 the callbacks behind steps.csv and layers.csv need (all their hooks, logging included), against the time of the same epochs.
 
     python bench/dynamics.py [--epochs 8] [--steps 40] [--optimizer SGD]
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--optimizer", default="SGD", help="optimizer.name (default SGD)")
     options = parser.parse_args()
 
-    recipe = params.read_yaml(ROOT / "recipes" / "fashion-mnist.yaml")
+    recipe = params.read_yaml(ROOT / "recipes" / "fashion-mnist-fast.yaml")
     values = params.merge(params.read_yaml(ROOT / "params.yaml"), recipe)
     values["optimizer"]["name"] = options.optimizer
     values["trainer"] |= {"epochs": options.epochs, "early_stopping": None}

@@ -1,6 +1,6 @@
 """Fused, foreach and plain implementations of each optimizer, in turns in one process; prints the ratios of their times.
 
-Each steps over the parameters of recipes/fashion-mnist.yaml's network, with the arguments of params.yaml's block and
+Each steps over the parameters of recipes/fashion-mnist-fast.yaml's network, with the arguments of params.yaml's block and
 gradients that stay as they are. A ratio is the plain implementation's time over the other's, the median over rounds: above
 1 the other is faster. Behind it stands the largest difference of the weights after ten steps from the plain ones. The last
 line is Muon's: filter banks orthogonalised in float32, as here on a CPU, against bfloat16, as in torch.optim.Muon.
@@ -34,7 +34,7 @@ QUINTIC = (3.4445, -4.775, 2.0315)
 
 
 def network_of_recipe(device: str) -> nn.Module:
-    recipe = params.read_yaml(ROOT / "recipes" / "fashion-mnist.yaml")
+    recipe = params.read_yaml(ROOT / "recipes" / "fashion-mnist-fast.yaml")
     values = params.merge(params.read_yaml(ROOT / "params.yaml"), recipe)
     model = params.parse(values, {"model": ModelConfig})["model"]
     arguments = getattr(model, model.name).model_dump()

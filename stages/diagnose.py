@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anneal import params, tracking
-from anneal.diagnosis import Run, read_history, summarize
+from anneal.diagnosis import Run, read_history, summarize, training_words
 from anneal.reporting.curves import curves_csv, draw_curves, mean_curves
 from anneal.store import write_json, write_text
 
@@ -18,16 +18,22 @@ OUTS = [Path("reports/diagnosis.json"), Path("reports/curves.csv"), Path("report
 def read_run(values: dict[str, Any], name: str, data: dict[str, Any]) -> Run:
     """Return one member's curves with what its recipe says about reading them."""
     recipe = params.member(values, name)
-    regularization = recipe["regularization"]
+    words = trained_on(values, name)
     return Run(
         read_history(Path("models") / name / "history.csv"),
         num_val=data["val"],
         num_classes=data["num_classes"],
         optimizer=recipe["optimizer"]["name"],
         model=recipe["model"]["name"],
-        distorted=recipe["augment"]["policy"] not in ("none", []) or regularization["dropout"] > 0,
-        mixed=regularization["mixup"]["alpha"] > 0 or regularization["cutmix"]["alpha"] > 0,
+        distorted=set(words) - {"smoothed"} != set(),
+        mixed="mixed" in words,
     )
+
+
+def trained_on(values: dict[str, Any], name: str) -> list[str]:
+    """Return in which ways a member's training figures are measured on other things than validation's."""
+    recipe = params.member(values, name)
+    return training_words(recipe["augment"]["policy"], recipe["regularization"])
 
 
 def main() -> None:
@@ -40,7 +46,7 @@ def main() -> None:
         summary = summarize(runs)
         write_json(OUTS[0], summary)
         write_text(OUTS[1], curves_csv(histories))
-        draw_curves(histories, OUTS[2])
+        draw_curves(histories, OUTS[2], measured_on={name: ", ".join(trained_on(values, name)) for name in runs})
         run.metrics({f"diagnosis/{name}": float(value) for name, value in summary.items() if isinstance(value, int)})
         run.curves(mean_curves(histories))
         for out in OUTS:

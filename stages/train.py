@@ -59,6 +59,10 @@ def main(member: str) -> None:
                 run.picture("lr-range.png", result.range_test.panels())
             run.picture("initial.png", statistics_panels(result.initial), "before the first step")
             run.tag("initial.findings", " | ".join(result.initial_findings) or "none")
+            run.tag("train.measured_on", result.measured_on)
+            run.tag("weights", result.weights)
+            if (start := sections["model"].start_from).path is not None:
+                run.tag("start_from", f"{start.path} {start.sha256[:12]}")
             run.tag("threads", result.threads)
             run.tag("devices", f"{result.devices} {result.accelerator}")
             run.artifact(out / "model.json")

@@ -23,7 +23,7 @@ LAYERS = [
     {"views", "ensemble", "calibration", "metrics", "microbatch"},
     {"reporting", "serving", "evaluation"},
     {"tracking", "pyfunc"},
-    {"conflicts", "recipe", "studies", "cli"},
+    {"conflicts", "recipe", "reference", "studies", "cli"},
 ]
 """Imports run from a later line to an earlier one, or within a line."""
 

@@ -246,6 +246,40 @@ def test_own_transforms_keep_their_probability(transform: Any, way: Callable[...
     assert abs(changed - 1000) < 5 * np.sqrt(750)
 
 
+@pytest.mark.parametrize(("fill", "colours"), [(255, 1), ("random_uniform", 1), ("random", 64)])
+@pytest.mark.parametrize("geometry", [GREY | {"height": 32, "width": 32}, COLOUR])
+def test_random_erasing_fills_one_rectangle_inside_the_image(geometry: Any, fill: Any, colours: int) -> None:
+    """Zhong et al. 2020, as albumentations has it: area and aspect ratio uniform, anywhere in the image, by our seeds."""
+    compose = compile_policy(
+        [{"Erasing": {"scale": [0.1, 0.3], "ratio": [0.5, 2.0], "fill": fill, "p": 0.5}}], **geometry
+    )
+    images = np.zeros((600, 32, 32, geometry["channels"]), np.uint8)
+
+    def erased(*key: int) -> np.ndarray:
+        seed_policy(compose, 0, *key)
+        return apply_policy(compose, images)
+
+    first = erased(1, 2)
+    assert first.dtype == np.uint8 and first.shape == images.shape and not images.any()
+    assert np.array_equal(erased(1, 2), first) and not np.array_equal(erased(1, 3), first)
+    changed = first[first.any(axis=(1, 2, 3))]
+    assert abs(len(changed) - 300) < 5 * np.sqrt(150)
+    areas, tops, lefts = [], [], []
+    for image in changed:
+        rows, columns = np.nonzero(image.any(-1))
+        height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+        inside = image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        assert len(np.unique(inside.reshape(-1, geometry["channels"]), axis=0)) >= min(colours, height * width // 2)
+        assert colours > 1 or len(rows) == height * width
+        assert 0.4 < width / height < 2.5
+        areas.append(height * width / 32**2)
+        tops.append(rows.min() / (32 - height))
+        lefts.append(columns.min() / (32 - width))
+    assert min(areas) > 0.08 and max(areas) < 0.33
+    assert np.mean(areas) == pytest.approx(0.2, abs=0.015)
+    assert np.mean(tops) == pytest.approx(0.5, abs=0.08) and np.mean(lefts) == pytest.approx(0.5, abs=0.08)
+
+
 def test_own_transforms_follow_a_random_size() -> None:
     policy = [{"RandomScale": {"scale_limit": 0.3, "p": 1}}, "Cutout", {"Resize": {"height": 8, "width": 8}}]
     compose = compile_policy(policy, **GREY)

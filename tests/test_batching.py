@@ -7,12 +7,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anneal.batching import BatchConfig, MicrobatchSampler, devices_that_divide, epoch_order, plan, plan_run
+from anneal.batching import (
+    BatchConfig,
+    MicrobatchSampler,
+    balanced_order,
+    devices_that_divide,
+    epoch_order,
+    most_repeats,
+    plan,
+    plan_run,
+)
 from anneal.cli import _batch_in_words
 from anneal.params import ParamsError, parse
 from anneal.store import open_store
 from anneal.training.setup import set_up
-from tests.test_training import PLAIN, largest_difference, sections, train, write_inputs
+from tests.test_training import PLAIN, images_of, largest_difference, sections, train, write_inputs, write_split
 
 
 def run_plan(size, microbatch, world_size, num_samples):
@@ -23,7 +32,7 @@ def run_plan(size, microbatch, world_size, num_samples):
 
 def section(**changes):
     values = {"size": 8, "microbatch": 8, "lr_scaling": "none", "reference_size": 8, "noise_microbatches": 0}
-    return values | {"growth": {"at": [], "factor": 2}} | changes
+    return values | {"sampling": "shuffle", "growth": {"at": [], "factor": 2}} | changes
 
 
 def test_plan_counts():
@@ -142,6 +151,53 @@ def test_padding_keeps_processes_in_step_in_the_last_window():
     assert indices == np.array(epoch_order(70, 0, epoch)[64:]).tolist()
 
 
+# ---- balanced sampling ----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=80, deadline=None)
+@given(labels=st.lists(st.integers(0, 5), min_size=1, max_size=60), seed=st.integers(0, 3))
+def test_every_class_as_often_and_every_sample_of_a_class_too(labels, seed):
+    labels = np.array(labels)
+    seen = np.zeros(len(labels), int)
+    for epoch in range(6):
+        order = balanced_order(labels, seed, epoch)
+        assert order.shape == labels.shape and order.dtype == np.int64
+        now = np.bincount(order, minlength=len(labels))
+        seen += now
+        # In an epoch and over the run: classes within one of each other, and the samples of a class as well.
+        for counts, slack in ((now, 2), (seen, 1)):
+            of_class = [counts[labels == label] for label in np.unique(labels)]
+            assert max(c.sum() for c in of_class) - min(c.sum() for c in of_class) <= 1
+            assert all(c.max() - c.min() <= slack for c in of_class)
+
+
+def test_balanced_orders_are_keyed_and_begin_anywhere():
+    labels = np.array([0] * 40 + [1] * 7 + [4] * 3)
+    assert (balanced_order(labels, 0, 5) == balanced_order(labels, 0, 5)).all()
+    assert (balanced_order(labels, 0, 5) != balanced_order(labels, 0, 6)).any()
+    assert (balanced_order(labels, 0, 5) != balanced_order(labels, 1, 5)).any()
+    assert most_repeats(labels) == pytest.approx(50 / 3 / 3)
+    # The large class goes on where the last epoch left it: 17 of its 40 samples an epoch, or 16.
+    first = [i for epoch in range(2) for i in balanced_order(labels, 0, epoch) if i < 40]
+    assert len(set(first)) == len(first) == 34
+    # Classes are not bunched: in 50 shuffled places of a third each, neighbours agree about every third time.
+    order = labels[balanced_order(labels, 0, 0)]
+    assert 6 <= int((order[1:] == order[:-1]).sum()) <= 27
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_balanced_microbatches_do_not_depend_on_the_processes(world_size):
+    labels = np.random.default_rng(0).choice(3, 70, p=[0.8, 0.15, 0.05])
+    run = run_plan(16, 4, world_size, 70)
+    found = {}
+    for rank in range(world_size):
+        sampler = MicrobatchSampler(run, 7, rank, labels)
+        sampler.set_epoch(2)
+        found |= {key: indices for key, *indices in sampler if key[1] < run[2].microbatches_per_epoch}
+    order = [i for key in sorted(found) for i in found[key]]
+    assert order == balanced_order(labels, 7, 2).tolist()
+
+
 # ---- growth ---------------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +266,6 @@ class LastWeights(pl.Callback):
 def by_hand(inputs, sizes, lr=0.05, **overrides):
     """Train with one forward pass a step, ``sizes[epoch]`` samples, and a loss that is written out."""
     chosen = sections(**overrides)
-    del chosen["averaging"]
     setup = set_up(store=inputs[0], augmented=inputs[1], seed=0, **chosen)
     classifier, weights = setup.module.classifier, setup.module.class_weights
     smoothing, l1 = chosen["regularization"].label_smoothing, chosen["regularization"].l1
@@ -219,7 +274,10 @@ def by_hand(inputs, sizes, lr=0.05, **overrides):
     if weights is None:
         weights = torch.ones(3)
     for epoch, size in enumerate(sizes):
-        order = epoch_order(len(split), 0, epoch)
+        if chosen["batch"].sampling == "balanced":
+            order = balanced_order(split.labels, 0, epoch)
+        else:
+            order = epoch_order(len(split), 0, epoch)
         for start in range(0, len(order), size):
             index = order[start : start + size]
             log_p = torch.log_softmax(classifier(images[index]), 1)
@@ -304,3 +362,35 @@ def test_the_rate_is_that_of_the_first_size(inputs, tmp_path):
     options["schedule"] = {"name": "constant", "warmup": {"length": "2 steps"}}
     rows = train(inputs, tmp_path / "a", **options, trainer={"epochs": 4}).rows
     assert [row.lr for row in rows] == pytest.approx([0.1] * 4)
+
+
+def test_balanced_sampling_trains_as_by_hand_while_the_batch_grows(inputs, tmp_path):
+    last, figures = LastWeights(), []
+    options = {**PLAIN, **GROWING, "batch": GROWING["batch"] | {"sampling": "balanced", "noise_microbatches": 8}}
+    result = train(
+        inputs, tmp_path / "a", callbacks=(last,), log=lambda metrics, step: figures.append(metrics), **options
+    )
+    assert [(row.batch_size, row.step) for row in result.rows] == list(zip(SIZES, STEPS, strict=True))
+    assert relative_difference(last.state, by_hand(inputs, SIZES, **options)) < 1e-6
+    shuffled = options | {"batch": GROWING["batch"]}
+    assert relative_difference(last.state, by_hand(inputs, SIZES, **shuffled)) > 1e-3
+    labels = open_store(inputs[0]).split("train").labels
+    assert {f["sampling/repeats"] for f in figures if "epoch" in f} == {most_repeats(labels)}
+    assert all(row.noise_scale is None or row.noise_scale > 0 for row in result.rows)
+
+
+def test_balanced_sampling_counts_augmented_copies_too(tmp_path):
+    paths = write_inputs(tmp_path, num_train=40)
+    images, labels = images_of(7, 5)
+    write_split(paths[1] / "extra", images, labels)
+    setup = set_up(
+        store=paths[0],
+        augmented=paths[1],
+        seed=0,
+        **sections(batch={"size": 47, "microbatch": 47, "sampling": "balanced"}),
+    )
+    assert setup.train.balanced and len(setup.train.labels) == 47
+    order = balanced_order(setup.train.labels, 0, 0)
+    assert order.max() >= 40
+    counts = np.bincount(setup.train.labels[order])
+    assert counts.max() - counts.min() <= 1

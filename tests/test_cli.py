@@ -95,7 +95,7 @@ def test_check_refuses(project: Path, old: str, new: str, fault: str) -> None:
 
 def test_recipe_lists_and_writes(project: Path) -> None:
     out = run(project, "recipe").stdout
-    for name in ("digits", "fashion-mnist", "photos"):
+    for name in ("digits", "fashion-mnist-fast", "photos"):
         assert f"  {name}" in out
     done = run(project, "recipe", "photos")
     assert "+  path: data/photos" in done.stdout

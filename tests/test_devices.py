@@ -1,6 +1,7 @@
 """One recipe on one and on two real processes (gloo): the same steps, rates, microbatches and weights."""
 
 import csv
+import hashlib
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.pipeline.conftest import make_clone, make_small
 from tests.test_batching import GROWING, LAST_WINDOWS, LOSSES, SIZES, STEPS, by_hand, relative_difference
-from tests.test_training import largest_difference, write_inputs
+from tests.test_training import largest_difference, train, write_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = {"batch": {"size": 64, "microbatch": 16}}
@@ -24,13 +25,24 @@ DRAWING = {
     "regularization": {"dropout": 0.2, "mixup": {"alpha": 0.4}, "label_smoothing": 0.1},
     "schedule": {"name": "cosine", "warmup": {"length": 0.2}},
 }
+RECALIBRATED = {"model": DRAWING["model"] | {"norm": {"batch": {"recalibrate": {"when": "always", "images": 50}}}}}
+# And all that acts on the loss, the gradient or the weights of a step.
+BALANCED = {
+    "batch": GROWING["batch"] | {"sampling": "balanced"},
+    "loss": {"name": "focal"},
+    "regularization": DRAWING["regularization"]
+    | {"l2": 1e-3, "max_norm": 1.0, "gradient_noise": {"std": 0.01, "decay": 0.55}, "gradient_clip_adaptive": 0.05},
+}
 CASES = {
     **{f"{loss} {rest}": (rest, options | BATCH) for loss, options in LOSSES.items() for rest in LAST_WINDOWS},
     "grown": (40, LOSSES["penalised"] | GROWING),
     "drawing 40": (40, DRAWING | BATCH),
     "drawing 6": (6, DRAWING | BATCH),
-    "drawing grown": (40, DRAWING | GROWING),
+    "drawing grown": (40, DRAWING | GROWING | BALANCED),
+    "drawing recalibrated": (6, DRAWING | BATCH | RECALIBRATED),
 }
+# Of a last window two processes normalise 12 and 13 samples together, or 13 and none.
+SYNCED = {"synced 25": 25, "synced 13": 13}
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -69,6 +81,9 @@ def inputs(tmp_path_factory):
         for name, policy in ((f"{rest}", "none"), (f"{rest} flipped", flip)):
             (root / name).mkdir()
             stores[name] = write_inputs(root / name, num_train=num_train, policy=policy)
+    for name, rest in SYNCED.items():
+        (root / name).mkdir()
+        stores[name] = write_inputs(root / name, num_train=64 + rest)
     return stores
 
 
@@ -82,10 +97,19 @@ def runs(inputs, tmp_path_factory):
         for name, (rest, options) in CASES.items()
     }
     paths = {name: [str(path) for path in pair] for name, pair in inputs.items()}
+    train(inputs["40"], root / "start", model={"activation": "SiLU"}, trainer={"epochs": 1})
+    digest = hashlib.sha256((root / "start" / "weights.safetensors").read_bytes()).hexdigest()
+    start = {"path": str(root / "start"), "sha256": digest, "freeze": "1 steps", "unfreeze": "gradually"}
+    waking = DRAWING["model"] | {"start_from": start}
+    cases["waking"] = ("40 flipped", DRAWING | BALANCED | BATCH | {"model": waking})
     for devices in (1, 2):
         out = root / str(devices)
         out.mkdir()
-        argument = json.dumps([paths, cases, str(out), devices])
+        # One process needs microbatches as large as what two normalise together.
+        batch = {"size": 64, "microbatch": 32 // devices}
+        norm = {"activation": "SiLU", "norm": {"batch": {"sync": devices == 2}}}
+        here = cases | {name: (name, {"model": norm, "batch": batch}) for name in SYNCED}
+        argument = json.dumps([paths, here, str(out), devices])
         command = [sys.executable, str(root / "script.py"), argument]
         done = subprocess.run(
             command,
@@ -121,7 +145,7 @@ def test_steps_rates_and_sizes_are_exactly_the_same(runs, name):
     one, two = history(runs, 1, name), history(runs, 2, name)
     for column in ("epoch", "step", "lr", "batch_size"):
         assert [row[column] for row in one] == [row[column] for row in two]
-    if CASES[name][1].get("batch") == GROWING["batch"]:
+    if "growth" in CASES[name][1]["batch"]:
         assert [int(row["step"]) for row in two] == STEPS
         assert [int(row["batch_size"]) for row in two] == SIZES
     for a, b in zip(one, two, strict=True):
@@ -137,6 +161,28 @@ def test_weights_and_running_statistics_are_the_same(runs, name):
     if name.startswith("drawing"):
         counts = [value.item() for key, value in two.items() if key.endswith("num_batches_tracked")]
         assert counts and set(counts) == {int(history(runs, 2, name)[-1]["step"])}
+
+
+@pytest.mark.parametrize("name", SYNCED)
+def test_synchronised_statistics_are_those_of_one_big_microbatch(runs, name):
+    """Weights, hence forward passes and gradients, and running statistics over accumulation and unequal microbatches."""
+    one, two = state(runs, 1, name), state(runs, 2, name)
+    assert int(history(runs, 2, name)[-1]["step"]) == 4
+    assert largest_difference(one, two) < 1e-5
+    assert all(torch.equal(a, b) for a, b in zip(two.values(), state(runs, 2, name, rank=1).values(), strict=True))
+
+
+def test_frozen_layers_stay_to_the_bit_on_every_process(runs):
+    """The head alone in the first step, then a layer more each step: as many learn in the end on one process and on two."""
+    start = load_file(runs / "start" / "weights.safetensors")
+    one, two, other = state(runs, 1, "waking"), state(runs, 2, "waking"), state(runs, 2, "waking", rank=1)
+    assert largest_difference(one, two) < 1e-5
+    assert all(torch.equal(a, b) for a, b in zip(two.values(), other.values(), strict=True))
+    moved = [{name for name in start if not torch.equal(start[name], run[name])} for run in (one, two)]
+    assert moved[0] == moved[1]
+    still = set(start) - moved[1]
+    assert "network.stem.conv.weight" in still and "network.stem.norm.running_mean" in still
+    assert "network.stages.1.0.conv2.weight" in moved[1]
 
 
 @pytest.mark.parametrize("name", CASES)

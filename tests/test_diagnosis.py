@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anneal.diagnosis import RULES, Run, diagnose, read_history, summarize
+from anneal.diagnosis import RULES, Run, diagnose, read_history, summarize, training_words
 from anneal.params import UserError
 from anneal.reporting.curves import COLOURS, curves_csv, draw_curves
 
@@ -27,7 +27,8 @@ def make_run(*, epochs: int = 20, num_val: int = 1000, lr_end: float = 0.0, **op
         "epoch": np.arange(1, epochs + 1),
         "step": 10 * np.arange(1, epochs + 1),
     }
-    columns.update({name: options.pop(name) for name in list(options) if name in columns})
+    optional = ("train_eval_loss", "train_eval_accuracy", "val_average_loss", "val_average_accuracy")
+    columns.update({name: options.pop(name) for name in list(options) if name in columns or name in optional})
     history = {name: [float(v) for v in column] for name, column in columns.items()}
     return Run(history, num_val=num_val, num_classes=10, **options)
 
@@ -74,6 +75,46 @@ def test_training_accuracy_is_not_trusted_where_it_is_distorted() -> None:
     assert diagnose(make_run(**FAULTY["underfitting"], mixed=True)) == []
     chance = make_run(train_accuracy=[0.1] * 20, val_accuracy=[0.11] * 20, mixed=True)
     assert [(f.name, f.confidence) for f in diagnose(chance)] == [("underfitting", "high")]
+
+
+def test_images_as_stored_are_read_where_they_were_measured() -> None:
+    """Augmented training looks like underfitting, or hides a gap; what the images say as they are stored counts."""
+    augmented = {"train_accuracy": [0.6] * 20, "val_accuracy": [0.93] * 20}
+    assert [f.name for f in diagnose(make_run(**augmented))] == ["underfitting"]
+    assert diagnose(make_run(**augmented, train_eval_accuracy=[0.96] * 20)) == []
+    hidden = augmented | {"val_accuracy": [0.8] * 20, "train_eval_accuracy": [0.5] * 19 + [1.0]}
+    (finding,) = diagnose(make_run(**hidden))
+    assert finding.name == "overfitting" and finding.evidence["gap"] == pytest.approx(0.2)
+    low = {"train_eval_accuracy": [0.5] * 20, "val_accuracy": [0.49] * 20}
+    assert [(f.name, f.confidence) for f in diagnose(make_run(**low, mixed=True))] == [("underfitting", "medium")]
+    run = make_run(**augmented, train_eval_accuracy=[0.96] * 20, mixed=True)
+    assert summarize({"a": run})["members"]["a"]["last_gap"] == pytest.approx(0.03)
+
+
+def test_images_as_stored_that_were_not_measured_change_nothing() -> None:
+    for name, faulty in FAULTY.items():
+        without = make_run(**faulty, train_eval_accuracy=[float("nan")] * 20)
+        assert diagnose(without) == diagnose(make_run(**faulty)), name
+    mixed = make_run(mixed=True, train_eval_accuracy=[float("nan")] * 20)
+    assert summarize({"a": mixed})["members"]["a"]["last_gap"] is None
+
+
+def test_a_sample_of_training_images_has_an_error_too() -> None:
+    """As large as the validation split: sqrt(0.9 0.1 / n + 0.75 0.25 / n)."""
+    sample = {"train_eval_accuracy": [0.9] * 20, "val_accuracy": [0.75] * 20}
+    assert make_run(**sample, num_val=100).standard_error_of_gap == pytest.approx(0.0527, abs=1e-4)
+    assert "overfitting" in [f.name for f in diagnose(make_run(**sample, num_val=55))]
+    assert "overfitting" not in [f.name for f in diagnose(make_run(**sample, num_val=45))]
+
+
+def test_what_training_figures_are_measured_on() -> None:
+    off = {"alpha": 0.0, "probability": 1.0}
+    plain = {"mixup": off, "cutmix": off, "label_smoothing": 0.0, "dropout": 0.0}
+    assert training_words("none", plain) == training_words([], plain) == []
+    assert training_words(["Rotate"], plain | {"cutmix": {"alpha": 1.0}}) == ["augmented", "mixed"]
+    assert training_words("none", plain | {"mixup": {"alpha": 1.0, "probability": 0.0}}) == []
+    everything = {"label_smoothing": 0.1, "spatial_dropout": 0.1, "stochastic_depth": 0.1, "input_noise": 0.1}
+    assert training_words("none", plain | everything) == ["smoothed", "dropout", "stochastic depth", "noise"]
 
 
 def test_a_gap_within_the_sampling_error_is_no_finding() -> None:
@@ -151,6 +192,51 @@ def test_curves_have_a_column_for_each_member(tmp_path: Path) -> None:
     for name in ("one.png", "two.png"):
         draw_curves(histories, tmp_path / name)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
+def test_curves_hold_what_some_members_measured() -> None:
+    """An empty cell where nothing was measured; the mean is over the members that have it."""
+    nan = float("nan")
+    histories = {
+        "a": make_run(epochs=3, train_eval_loss=[3.0, 2.0, 1.0]).history,
+        "b": make_run(epochs=3, train_eval_loss=[5.0, 4.0, 3.0], val_average_loss=[nan, 0.5, 0.25]).history,
+        "c": make_run(epochs=3).history,
+    }
+    rows = list(csv.DictReader(curves_csv(histories).splitlines()))
+    assert [row["train_eval_loss"] for row in rows] == ["4.0", "3.0", "2.0"]
+    assert [row["val_average_loss"] for row in rows] == ["", "0.5", "0.25"]
+    assert [row["c_train_eval_loss"] for row in rows] == [row["train_eval_accuracy"] for row in rows] == [""] * 3
+    assert "val_average_accuracy" not in rows[0]
+    plain = next(csv.DictReader(curves_csv({"c": histories["c"]}).splitlines()))
+    assert plain["train_eval_loss"] == "" and "val_average_loss" not in plain
+
+
+def test_the_legend_says_what_training_is_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    seen: list[str] = []
+    legend = Axes.legend
+    monkeypatch.setattr(
+        Axes,
+        "legend",
+        lambda axes, *, handles, **options: (
+            seen.extend(handle.get_label() for handle in handles),
+            legend(axes, handles=handles, **options),
+        ),
+    )
+    histories = {
+        "a": make_run(epochs=3, train_eval_loss=[3.0, 2.0, 1.0]).history,
+        "b": make_run(epochs=3, val_average_accuracy=[0.1, 0.2, 0.3]).history,
+    }
+    words = {"a": "augmented, mixed", "b": "augmented, mixed"}
+    draw_curves(histories, tmp_path / "same.png", measured_on=words)
+    assert seen == ["a", "b", "train (augmented, mixed)", "train (as stored)", "val", "val (averaged weights)"]
+    seen.clear()
+    draw_curves(
+        {"a": make_run(epochs=3).history, "b": histories["a"]}, tmp_path / "other.png", measured_on={"a": "mixed"}
+    )
+    assert seen == ["a", "b", "train (as trained on)", "train (as stored)", "val"]
+    assert (tmp_path / "same.png").read_bytes() != (tmp_path / "other.png").read_bytes()
 
 
 def test_pictures_take_many_members(tmp_path: Path) -> None:

@@ -302,7 +302,6 @@ def test_measuring_leaves_the_weights_alone(inputs, tmp_path, optimizer):
     options = {"optimizer": {"name": optimizer}, "batch": {"size": 32, "microbatch": 16}}
     train(inputs, tmp_path / "a", callbacks=(measured,), **options)
     chosen = sections(**options)
-    chosen.pop("averaging")
     setup = set_up(store=inputs[0], augmented=inputs[1], seed=0, **chosen)
     runner = setup.trainer([unmeasured])
     assert not any(isinstance(callback, Dynamics | Steps) for callback in runner.callbacks)

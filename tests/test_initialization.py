@@ -502,7 +502,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def prepared(inputs: tuple[Path, Path], seed: int = 0, **overrides: Any) -> Any:
     chosen = sections(**overrides)
-    chosen.pop("averaging")
     return set_up(store=inputs[0], augmented=inputs[1], seed=seed, **chosen)
 
 
@@ -545,6 +544,6 @@ def test_whitening_an_mlp_is_refused(inputs: tuple[Path, Path]) -> None:
     values = params.read_yaml(Path(__file__).parents[1] / "params.yaml")
     preprocess = PreprocessConfig.model_validate({**values["preprocess"], "size": 8})
     chosen = sections(**overrides)
-    keys = ("model", "init", "optimizer", "schedule", "batch", "regularization", "trainer")
+    keys = params.MEMBER_SECTIONS[1:]
     with pytest.raises(ParamsError, match=reason):
         check_recipe(**{key: chosen[key] for key in keys}, preprocess=preprocess, num_train=1000)

@@ -40,7 +40,6 @@ def curve(flat: float = 2.3, low: float = 1.0, falls: float = 0.4, rises: float 
 
 def sweep(inputs, *, seed=0, start=1e-4, stop=10.0, num_steps=40, name="a", **overrides):  # noqa: F811
     chosen = sections(**overrides)
-    del chosen["averaging"]
     return lr_range(
         name=name,
         store=inputs[0],
@@ -167,7 +166,6 @@ def test_losses_are_those_of_plain_sgd_at_rising_rates(inputs):  # noqa: F811
     store = open_store(inputs[0])
     split = store.split("train")
     chosen = sections(**PLAIN)
-    del chosen["averaging"]
     classifier = set_up(store=inputs[0], augmented=inputs[1], seed=0, **chosen).module.classifier
     images, labels = torch.from_numpy(split.take(range(len(split)))), torch.from_numpy(split.labels)
     losses: list[float] = []
@@ -325,7 +323,7 @@ def test_auto_with_a_scaled_rate_is_refused(inputs, tmp_path):  # noqa: F811
     with pytest.raises(ParamsError, match=message):
         train(inputs, tmp_path / "a", **overrides)
     chosen = sections(**overrides)
-    chosen = {key: chosen[key] for key in ("model", "optimizer", "schedule", "batch", "regularization", "trainer")}
+    chosen = {key: chosen[key] for key in params.MEMBER_SECTIONS[1:]}
     preprocess = params.parse(params.read_yaml(ROOT / "params.yaml"), {"preprocess": PreprocessConfig})
     with pytest.raises(ParamsError, match=message):
         check_recipe(**chosen, **preprocess, num_train=150)

@@ -36,7 +36,6 @@ def inputs(tmp_path_factory):
 
 def chosen(**overrides):
     values = sections(**overrides)
-    del values["averaging"]
     return values
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from anneal.mixing import choose, cutmix, mix, mixup
+from anneal.mixing import choose, cutmix, mix, mixed_share, mixup
 from anneal.seeding import generator
 
 N, K, SIZE = 16, 5, 12
@@ -117,3 +117,55 @@ def test_weights_follow_the_beta_law(targets: torch.Tensor) -> None:
     # Beta(0.5, 0.5) has mean 1/2 and variance 1/8; one of 16 permutations leaves the first image with itself.
     assert abs(np.mean(weights) - 0.5) < 0.03
     assert abs(np.var(weights) - 0.125) < 0.01
+
+
+# ---- how often ------------------------------------------------------------------------------------------------------
+
+BOTH = {"mixup_alpha": 0.3, "cutmix_alpha": 1.0}
+
+
+def test_always_and_by_halves_are_the_draws_of_a_fair_coin() -> None:
+    """The fair draw is a key of its own: a probability of 1 draws nothing more."""
+    for m in range(200):
+        fair = "mixup" if generator(0, "mixing", 0, m).random() < 0.5 else "cutmix"
+        assert choose(**BOTH, **key(m)) == fair
+        assert choose(**BOTH, mixup_probability=1.0, cutmix_probability=1.0, cutmix_share=0.5, **key(m)) == fair
+
+
+@pytest.mark.parametrize(("share", "mixup_p", "cutmix_p"), [(0.2, 0.5, 1.0), (0.5, 0.25, 0.75), (0.9, 1.0, 0.1)])
+def test_shares_and_probabilities_are_met(share: float, mixup_p: float, cutmix_p: float) -> None:
+    chances = {"mixup_probability": mixup_p, "cutmix_probability": cutmix_p, "cutmix_share": share}
+    chosen = [choose(**BOTH, **chances, **key(m)) for m in range(4000)]
+    expected = {"mixup": (1 - share) * mixup_p, "cutmix": share * cutmix_p}
+    for technique, chance in expected.items():
+        # Four standard deviations of a mean of 4000.
+        assert chosen.count(technique) / 4000 == pytest.approx(chance, abs=4 * np.sqrt(chance * (1 - chance) / 4000))
+    found = mixed_share(4000, seed=0, epoch=0, **BOTH, **chances)
+    assert found == pytest.approx(1 - chosen.count(None) / 4000)
+
+
+def test_ends_are_exact() -> None:
+    chosen = {share: {choose(**BOTH, cutmix_share=share, **key(m)) for m in range(300)} for share in (0.0, 1.0)}
+    assert chosen == {0.0: {"mixup"}, 1.0: {"cutmix"}}
+    never = {"mixup_alpha": 0.3, "cutmix_alpha": 0.0, "mixup_probability": 0.0}
+    assert {choose(**never, **key(m)) for m in range(300)} == {None}
+    # A share says nothing where only one is on.
+    assert choose(0.3, 0.0, cutmix_share=1.0, **key()) == "mixup"
+
+
+def test_a_probability_leaves_the_microbatches_that_are_mixed_as_they_were(
+    images: torch.Tensor, targets: torch.Tensor
+) -> None:
+    unmixed = []
+    for m in range(40):
+        always = mix(images, targets, **BOTH, **key(m))
+        often = mix(images, targets, **BOTH, mixup_probability=0.5, cutmix_probability=0.5, **key(m))
+        unmixed.append(often[0] is images)
+        if unmixed[-1]:
+            assert often[1] is targets
+        else:
+            assert torch.equal(always[0], often[0]) and torch.equal(always[1], often[1])
+    assert 10 < sum(unmixed) < 30
+    # The larger the chance, the more are mixed: those of a smaller one among them.
+    of = [{m for m in range(200) if choose(0.3, 0.0, mixup_probability=p, **key(m))} for p in (0.3, 0.6)]
+    assert of[0] < of[1]

@@ -1064,7 +1064,7 @@ def test_two_steps_of_training(inputs: tuple[Path, Path], tmp_path: Path, name: 
 
 def test_a_custom_network_is_checked_before_it_is_trained(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     given = sections(model={"name": SMALL, "custom": {"widht": 4}})
-    chosen = {key: given[key] for key in ("model", "optimizer", "schedule", "batch", "regularization", "trainer")}
+    chosen = {key: given[key] for key in params.MEMBER_SECTIONS[1:]}
     values = params.read_yaml(Path(__file__).parents[1] / "params.yaml")
     preprocess = params.parse(values, {"preprocess": PreprocessConfig})["preprocess"]
     with pytest.raises(ParamsError, match=r"^params.yaml: model.custom.widht: unknown argument; did you mean 'width'"):
@@ -1085,7 +1085,7 @@ def section(**changes: Any) -> ModelConfig:
 
 def test_the_section_and_the_tables_name_the_same() -> None:
     assert tuple(NETWORKS) == ARCHITECTURES
-    fields = set(ModelConfig.model_fields) - {"name", "activation", "norm", "custom"}
+    fields = set(ModelConfig.model_fields) - {"name", "activation", "norm", "custom", "start_from"}
     assert fields == set(NETWORKS) == set(BLOCK)
     assert list(Activation.__args__) == ["auto", *ACTIVATIONS]
     assert set(NormConfig.model_fields) - {"name", "position"} == set(NORMS) - {"none"}

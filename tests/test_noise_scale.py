@@ -29,7 +29,6 @@ def contents(folder):
 
 def setup_of(inputs, **overrides):
     chosen = sections(**overrides)
-    del chosen["averaging"]
     return set_up(store=inputs[0], augmented=inputs[1], seed=0, **chosen)
 
 

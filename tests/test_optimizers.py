@@ -876,13 +876,13 @@ def test_conflicts_are_refused_before_any_work(inputs, tmp_path) -> None:
         train(inputs, tmp_path / "a", **values)
     assert len(caught.value.faults) == 2
     chosen = sections(**values)
-    chosen = {key: chosen[key] for key in ("model", "optimizer", "schedule", "batch", "regularization", "trainer")}
+    chosen = {key: chosen[key] for key in params.MEMBER_SECTIONS[1:]}
     preprocess = params.parse(PARAMS, {"preprocess": PreprocessConfig})["preprocess"]
     with pytest.raises(ParamsError) as again:
         check_recipe(**chosen, preprocess=preprocess, num_train=150)
     assert again.value.faults == caught.value.faults
     chosen = {**chosen, **sections(optimizer={"name": "Adan", "Adan": {"lr": 0.1, "beta": [0.9, 0.9]}})}
-    chosen = {key: chosen[key] for key in ("model", "optimizer", "schedule", "batch", "regularization", "trainer")}
+    chosen = {key: chosen[key] for key in params.MEMBER_SECTIONS[1:]}
     with pytest.raises(ParamsError, match=r"optimizer\.Adan\.beta: unknown argument; did you mean 'betas'"):
         check_recipe(**chosen, preprocess=preprocess, num_train=150)
     with pytest.raises(UserError, match=r"optimizer\.Adan\.beta: unknown argument"):
@@ -911,7 +911,7 @@ def test_rprop_reads_its_rate_once_and_follows_no_schedule(inputs, tmp_path) -> 
 @pytest.mark.parametrize(("model", "fits"), [({"hidden": [8]}, False), ({"hidden": [8, 8]}, True)])
 def test_muon_needs_hidden_weights(model: dict, fits: bool) -> None:
     chosen = sections(optimizer={"name": "Muon"}, model={"name": "mlp", "mlp": model})
-    chosen = {key: chosen[key] for key in ("model", "optimizer", "schedule", "batch", "regularization", "trainer")}
+    chosen = {key: chosen[key] for key in params.MEMBER_SECTIONS[1:]}
     preprocess = params.parse(PARAMS, {"preprocess": PreprocessConfig})["preprocess"]
     with nullcontext() if fits else pytest.raises(ParamsError, match=r"optimizer\.name: found Muon, .*model\.mlp"):
         check_recipe(**chosen, preprocess=preprocess, num_train=150)

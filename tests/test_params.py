@@ -72,7 +72,7 @@ def test_every_key_has_a_comment() -> None:
     [
         ("optimzer", {}, "optimzer: unknown key; did you mean 'optimizer'?"),
         ("optimizer.SGD.momentun", 0.9, "optimizer.SGD.momentun: unknown key; did you mean 'momentum'?"),
-        ("loss.name", "cross", 'loss.name: found "cross", allowed: cross_entropy'),
+        ("loss.name", "cross", 'loss.name: found "cross", allowed: cross_entropy | focal | binary_cross_entropy'),
         ("schedule.name", "cosinus", f"schedule.name: found \"cosinus\", allowed: {SCHEDULES}; did you mean 'cosine'?"),
         ("optimizer.name", "SDG", f"optimizer.name: found \"SDG\", allowed: {OPTIMIZERS}; did you mean 'SGD'?"),
         (

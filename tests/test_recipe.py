@@ -21,7 +21,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_shipped_recipes_have_a_description() -> None:
     found = recipe.shipped(ROOT / "recipes")
-    assert {"digits", "fashion-mnist", "photos"} <= set(found)
+    assert {"digits", "fashion-mnist-fast", "fashion-mnist-best", "photos"} <= set(found)
     assert all(len(text) > 20 for text in found.values())
 
 

@@ -114,8 +114,10 @@ def flipped(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp("flipped"), policy=policy)
 
 
+SHIPPED = params.read_yaml(Path(__file__).parents[1] / "params.yaml")
+
+
 def sections(**overrides: object) -> dict:
-    base = params.read_yaml(Path(__file__).parents[1] / "params.yaml")
     small = {
         "model": {"name": "resnet", "resnet": {"widths": [8, 8], "depths": [1, 1]}},
         "schedule": {"warmup": {"length": 0.1}},
@@ -123,7 +125,7 @@ def sections(**overrides: object) -> dict:
         "trainer": {"epochs": 2, "threads": 1},
         "hardware": {"accelerator": "cpu", "devices": 1, "num_workers": 0},
     }
-    return params.parse(params.merge(params.merge(base, small), overrides), SECTIONS)
+    return params.parse(params.merge(params.merge(SHIPPED, small), overrides), SECTIONS)
 
 
 def train(inputs, out: Path, *, seed: int = 0, log=None, callbacks=(), **overrides):
@@ -182,6 +184,12 @@ def test_outs_and_log(inputs, tmp_path):
         "rate_median",
         "rate_high",
         "noise_scale",
+        "train_eval_loss",
+        "train_eval_accuracy",
+        "val_average_loss",
+        "val_average_accuracy",
+        "norm_gap",
+        "norm_small_scales",
     ]
     assert [(row["epoch"], row["step"]) for row in rows] == [("1", "3"), ("2", "6")]
     epochs = [(metrics, step) for metrics, step in logged if "epoch" in metrics]
@@ -359,7 +367,7 @@ from test_training import train
 inputs = Path({store!r}), Path({augmented!r})
 options = dict(batch=dict(size=64, microbatch=16), trainer=dict(epochs=2, threads=1, deterministic=True))
 train(inputs, Path(sys.argv[1]), regularization=dict(dropout=0.2, mixup=dict(alpha=0.4)),
-      hardware=dict(devices=int(sys.argv[2])), **options)
+      averaging=dict(name="ema", export="average"), hardware=dict(devices=int(sys.argv[2])), **options)
 """
 
 
@@ -554,7 +562,7 @@ def test_conflicts_are_all_reported_without_torch():
         schedule={"warmup": {"length": "900 epochs"}},
     )
     hardware = chosen.pop("hardware")
-    names = ("model", "optimizer", "schedule", "batch", "regularization", "trainer")
+    names = params.MEMBER_SECTIONS[1:]
     chosen = {name: chosen[name] for name in names}
     values = params.merge(
         params.read_yaml(Path(__file__).parents[1] / "params.yaml"), {"preprocess": {"normalize": "pca"}}
@@ -589,7 +597,6 @@ SCHEDULES = get_args(ScheduleConfig.model_fields["name"].annotation)
 
 def set_up_run(inputs, **overrides):
     chosen = sections(**overrides)
-    del chosen["averaging"]
     return set_up(store=inputs[0], augmented=inputs[1], seed=0, **chosen)
 
 

@@ -40,6 +40,7 @@ class BatchConfig(Strict):
     lr_scaling: Literal["none", "linear", "sqrt"]
     reference_size: Annotated[int, Field(ge=1)]
     growth: GrowthConfig
+    sampling: Literal["shuffle", "balanced"]
     noise_microbatches: Annotated[int, Field(ge=8)] | Annotated[Literal[0], Field(json_schema_extra={"allowed": "0"})]
 
     @model_validator(mode="after")
@@ -323,6 +324,51 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     return generator(seed, "order", epoch).permutation(num_samples)
 
 
+def balanced_order(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Return the samples of an epoch in which each class comes up as often, int64 (len(labels),).
+
+    Each class goes through its samples in one random order after another, from epoch to epoch: none comes up again before
+    all of its class have. Where the classes do not divide the epoch, some come up once more, in turns, so that over the
+    run they stay within one of each other. The orders are drawn from (seed, "balanced", class, round), and where the
+    samples stand in the epoch is that of `epoch_order`.
+
+    Parameters
+    ----------
+    labels
+        Of all training samples, int64 (N,), N >= 1. A class without samples has no part.
+    seed, epoch
+        Key of the draws; all that an epoch needs, so one can begin anywhere.
+
+    Examples
+    --------
+    >>> labels = np.array([0, 0, 0, 0, 0, 1])
+    >>> np.bincount(labels[balanced_order(labels, seed=0, epoch=0)])
+    array([3, 3])
+    """
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    # The n-th sample of the run is of class n modulo their number.
+    first, last = epoch * len(labels), (epoch + 1) * len(labels)
+    drawn = []
+    for i, own in enumerate(members):
+        start, stop = (-((i - place) // len(members)) for place in (first, last))
+        rounds = range(start // len(own), -(-stop // len(own)))
+        label = int(labels[own[0]])
+        orders = [own[generator(seed, "balanced", label, number).permutation(len(own))] for number in rounds]
+        skipped = rounds.start * len(own)
+        drawn.append(np.concatenate([own[:0], *orders])[start - skipped : stop - skipped])
+    return np.concatenate(drawn)[epoch_order(len(labels), seed, epoch)]
+
+
+def most_repeats(labels: np.ndarray) -> float:
+    """Return how often an epoch of `balanced_order` has each sample of the smallest class, on average.
+
+    >>> most_repeats(np.array([0, 0, 0, 0, 0, 1]))
+    3.0
+    """
+    _, counts = np.unique(labels, return_counts=True)
+    return float(len(labels) / (len(counts) * counts.min()))
+
+
 class MicrobatchSampler:
     """The batch sampler of one process: yields ``[(epoch, microbatch), index, index, ...]`` for each forward pass.
 
@@ -339,12 +385,15 @@ class MicrobatchSampler:
         Of the order, which is new in every epoch.
     rank
         Of this process, below the plans' ``world_size``.
+    labels
+        Of the training samples, for the order of `balanced_order`; None takes that of `epoch_order`, each sample once.
     """
 
-    def __init__(self, run: RunPlan, seed: int, rank: int = 0) -> None:
+    def __init__(self, run: RunPlan, seed: int, rank: int = 0, labels: np.ndarray | None = None) -> None:
         self.run = run
         self.seed = seed
         self.rank = rank
+        self.labels = labels
         self.epoch = 0
 
     @property
@@ -361,7 +410,10 @@ class MicrobatchSampler:
 
     def __iter__(self) -> Iterator[list[Key | int]]:
         epoch, plan = self.epoch, self.run[self.epoch]
-        order = epoch_order(plan.num_samples, self.seed, epoch)
+        if self.labels is None:
+            order = epoch_order(plan.num_samples, self.seed, epoch)
+        else:
+            order = balanced_order(self.labels, self.seed, epoch)
         per_window = plan.size // plan.microbatch
         for window in range(plan.steps_per_epoch):
             bounds = plan.bounds(window)

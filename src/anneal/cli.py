@@ -155,13 +155,7 @@ def _resolved(values: dict[str, Any], recipe: Any) -> tuple[list[tuple[str, str]
         sections = params.parse(merged, {key: type(getattr(recipe, key)) for key in _TRAINING})
         try:
             check_recipe(
-                model=sections["model"],
-                init=sections["init"],
-                optimizer=sections["optimizer"],
-                schedule=sections["schedule"],
-                batch=sections["batch"],
-                regularization=sections["regularization"],
-                trainer=sections["trainer"],
+                **sections,
                 preprocess=recipe.preprocess,
                 num_train=num_train,
                 hardware=recipe.hardware,
@@ -170,6 +164,12 @@ def _resolved(values: dict[str, Any], recipe: Any) -> tuple[list[tuple[str, str]
             changed = tuple(f"{section}." for section in recipe.ensemble.members[name] or {})
             prefix = f"ensemble.members.{name}."
             raise ParamsError([prefix + f if f.startswith(changed) else f for f in error.faults]) from None
+        start = sections["model"].start_from
+        if start.path is not None and Path(start.path).resolve().is_relative_to(Path("models").resolve()):
+            raise UserError(
+                f"model.start_from.path of member {name}: found {start.path}, which training writes anew, allowed: a copy "
+                f"elsewhere, such as cp -r {start.path} pretrained/{Path(start.path).name}"
+            )
         batch, schedule = sections["batch"], sections["schedule"]
         run = plan_run(
             size=batch.size,
@@ -190,7 +190,9 @@ def _resolved(values: dict[str, Any], recipe: Any) -> tuple[list[tuple[str, str]
         followed = schedule_for(optimizer.name, schedule.model_dump())
         if followed["name"] == "one_cycle" and not optimizer.has_momentum:
             followed["one_cycle"] = {**followed["one_cycle"], "momentum": None}
-        arguments = factor_arguments(followed, total_steps=total, steps_per_epoch=run.epoch_steps)
+        arguments = factor_arguments(
+            followed, total_steps=total, steps_per_epoch=run.epoch_steps, swa=sections["averaging"].swa_rate
+        )
         courses[name] = Course(arguments, None if rate == "auto" else rate, run.epoch_steps)
         lines.append(
             (
@@ -199,6 +201,8 @@ def _resolved(values: dict[str, Any], recipe: Any) -> tuple[list[tuple[str, str]
                 f"{total:,} steps in all; {optimizer.name}, {_in_words(courses[name])}",
             )
         )
+        if start.path is not None:
+            lines.append(("", _start_in_words(start, run)))
     return lines, courses
 
 
@@ -211,6 +215,20 @@ def _batch_in_words(run: RunPlan, devices: int) -> str:
             text += f", {run[epoch].size} from epoch {epoch + 1}"
     steps = dict.fromkeys(run.epoch_steps)
     return f"{text}; {', later '.join(f'{number:,}' for number in steps)} steps an epoch"
+
+
+def _start_in_words(start: Any, run: RunPlan) -> str:
+    """Say which weights a member starts from, and when its layers learn."""
+    from anneal.models.transfer import freeze_steps
+
+    text = f"starts from {start.path} ({start.sha256[:12]}); "
+    steps = freeze_steps(start.freeze, total_steps=run.total_steps, steps_per_epoch=run.epoch_steps)
+    if steps is None:
+        return text + "the head alone learns"
+    if steps == 0:
+        return text + "all layers learn"
+    then = f"then one layer more each {steps:,}" if start.unfreeze == "gradually" else "then all layers"
+    return text + f"the head learns alone for {steps:,} steps, {then}"
 
 
 def _in_words(course: Course) -> str:
@@ -226,6 +244,8 @@ def _in_words(course: Course) -> str:
         return f"{text}: x {curve['gamma']:g} after {curve['patience'] + 1} epochs without a lower validation loss"
     end = factor(total - 1, **arguments)
     text += f" to {end:.2g} x peak" if course.peak is None else f" to {course.peak * end:.2g}"
+    if (swa := arguments.get("swa")) is not None:
+        text += f" with swa's rate from step {swa['edges'][0]:,} on"
     if (momentum := momentum_at(0, **arguments)) is not None:
         text += f", momentum {momentum:g} to {arguments['arguments']['momentum'][1]:g} and back"
     return text
@@ -269,7 +289,6 @@ def _lr_range(options: argparse.Namespace) -> int:
     name = options.member or next(iter(values["ensemble"]["members"]))
     merged = params.member(values, name)
     sections = params.parse(merged, {key: type(getattr(checked, key)) for key in (*_TRAINING, "hardware")})
-    del sections["averaging"]
     data, augmented = Path("data/processed"), Path("data/augmented")
     for file in (data / "dataset.json", augmented / "policy.json"):
         if not file.exists():
@@ -317,7 +336,6 @@ def _microbatch(options: argparse.Namespace) -> None:
     name = options.member or next(iter(members))
     merged = params.member(values, name)
     sections = params.parse(merged, {key: type(getattr(checked, key)) for key in (*_TRAINING, "hardware")})
-    del sections["averaging"]
 
     from anneal.microbatch import find_microbatch
 

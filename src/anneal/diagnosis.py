@@ -49,7 +49,10 @@ class Run:
     distorted
         Training accuracy is measured on augmented images or under dropout, hence lower than on clean ones.
     mixed
-        Mixup or CutMix is on: training accuracy says nothing.
+        Mixup or CutMix is on: that training accuracy says nothing.
+
+    Where the history has the accuracy on training images as they are stored, that is read instead, and the last two play no
+    part.
     """
 
     history: History
@@ -64,9 +67,36 @@ class Run:
         """Return a column as float64, one value an epoch."""
         return np.asarray(self.history[name], dtype=np.float64)
 
+    @property
+    def as_stored(self) -> bool:
+        """Whether the accuracy on training images as they are stored is known."""
+        return "train_eval_accuracy" in self.history and bool(np.isfinite(self.history["train_eval_accuracy"][-1]))
+
+    @property
+    def train_accuracy(self) -> float | None:
+        """The last training accuracy that says how well the network fits; None where none does."""
+        if self.as_stored:
+            return float(self.history["train_eval_accuracy"][-1])
+        return None if self.mixed else float(self.history["train_accuracy"][-1])
+
+    @property
+    def gap(self) -> float | None:
+        """That accuracy less the last validation accuracy."""
+        train = self.train_accuracy
+        return None if train is None else train - float(self.history["val_accuracy"][-1])
+
     def standard_error(self, accuracy: float) -> float:
         """Return the standard error of a validation accuracy: ``sqrt(p (1 - p) / n)``."""
         return math.sqrt(max(accuracy * (1 - accuracy), 0.0) / max(self.num_val, 1))
+
+    @property
+    def standard_error_of_gap(self) -> float:
+        """Standard error of the gap; of training accuracy only where it is that of a sample, which is as large as ``num_val``.
+
+        Or smaller, where there are thousands and the error is far below any threshold.
+        """
+        train = self.standard_error(self.history["train_eval_accuracy"][-1]) if self.as_stored else 0.0
+        return math.hypot(self.standard_error(self.history["val_accuracy"][-1]), train)
 
 
 @dataclass(frozen=True)
@@ -91,6 +121,32 @@ class Finding:
     change: dict[str, str] = field(default_factory=dict)
 
 
+def training_words(policy: Any, regularization: Mapping[str, Any]) -> list[str]:
+    """Say in which ways training figures are measured on other things than validation's, in words for a legend.
+
+    Parameters
+    ----------
+    policy, regularization
+        ``augment.policy`` and section ``regularization``, as params.yaml has them.
+
+    Examples
+    --------
+    >>> off = {"alpha": 0.0, "probability": 1.0}
+    >>> training_words("light", {"mixup": off, "cutmix": off, "dropout": 0.2, "label_smoothing": 0.1})
+    ['augmented', 'smoothed', 'dropout']
+    """
+    mixes = [regularization[name] for name in ("mixup", "cutmix")]
+    words = {
+        "augmented": policy not in ("none", []),
+        "mixed": any(mix["alpha"] > 0 and mix.get("probability", 1) > 0 for mix in mixes),
+        "smoothed": regularization["label_smoothing"] > 0,
+        "dropout": any(regularization.get(f"{key}dropout", 0) > 0 for key in ("", "spatial_")),
+        "stochastic depth": regularization.get("stochastic_depth", 0) > 0,
+        "noise": regularization.get("input_noise", 0) > 0,
+    }
+    return [word for word, holds in words.items() if holds]
+
+
 def diagnose(run: Run) -> list[Finding]:
     """Return what the curves show, in the order of `RULES`; an empty list means healthy."""
     if not run.history["val_loss"]:
@@ -113,7 +169,7 @@ def summarize(runs: Mapping[str, Run]) -> dict[str, Any]:
             "lowest_val_loss_epoch": int(finite.argmin()) + 1,
             "last_val_loss": _number(loss[-1]),
             "last_val_accuracy": _number(accuracy[-1]),
-            "last_gap": None if run.mixed else _number(run.curve("train_accuracy")[-1] - accuracy[-1]),
+            "last_gap": _number(run.gap),
             "findings": [
                 {
                     "name": finding.name,
@@ -172,9 +228,9 @@ def _diverging(run: Run) -> Finding | None:
 def _underfitting(run: Run) -> Finding | None:
     """Find a low accuracy on the training data itself (Ng 2018, ch. 20-25: avoidable bias)."""
     val = float(run.curve("val_accuracy").max())
-    train = float(run.curve("train_accuracy")[-1])
+    train, gap = run.train_accuracy, run.gap
     at_chance = val < 1 / run.num_classes + 3 * run.standard_error(1 / run.num_classes)
-    unlearnt = not run.mixed and train < LEARNT and 1 - train > train - float(run.curve("val_accuracy")[-1])
+    unlearnt = train is not None and gap is not None and train < LEARNT and 1 - train > gap
     if not at_chance and not unlearnt:
         return None
     evidence = {"last_train_accuracy": train, "best_val_accuracy": val, "chance": 1 / run.num_classes}
@@ -184,7 +240,7 @@ def _underfitting(run: Run) -> Finding | None:
         f"model.{run.model}": "a wider or deeper network",
         "augment.policy": "a lighter one",
     }
-    confidence: Confidence = "high" if at_chance else "low" if run.distorted else "medium"
+    confidence: Confidence = "high" if at_chance else "low" if run.distorted and not run.as_stored else "medium"
     return Finding("underfitting", confidence, {key: _number(value) for key, value in evidence.items()}, change)
 
 
@@ -193,10 +249,10 @@ def _overfitting(run: Run) -> Finding | None:
     loss, accuracy = run.curve("val_loss"), run.curve("val_accuracy")
     best = int(loss.argmin())
     rise = float(loss[-1] / max(loss[best], 1e-12) - 1)
-    gap = float(run.curve("train_accuracy")[-1] - accuracy[-1])
+    gap = run.gap
     rises = rise > GENERALIZATION_LOSS
-    # Augmentation and dropout make training harder, so that a gap in spite of them is the more telling.
-    gaping = not run.mixed and gap >= max(GAP, 2 * run.standard_error(float(accuracy[-1])))
+    # As trained on, augmentation and dropout make training harder, so that a gap in spite of them is the more telling.
+    gaping = gap is not None and gap >= max(GAP, 2 * run.standard_error_of_gap)
     if not rises and not gaping:
         return None
     # A loss that rises while the accuracy does not fall is overconfidence first of all (Guo et al. 2017).
@@ -209,7 +265,7 @@ def _overfitting(run: Run) -> Finding | None:
         "rise": rise,
         "val_accuracy_then": accuracy[best],
         "last_val_accuracy": accuracy[-1],
-        "gap": None if run.mixed else gap,
+        "gap": gap,
     }
     change = {
         "augment.policy": "a stronger one",

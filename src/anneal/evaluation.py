@@ -219,7 +219,7 @@ def load_members(
     augmentations = {}
     geometry = {name: getattr(store.info, name) for name in ("height", "width", "channels")}
     for name, folder in members.items():
-        classifier, model = load_classifier(folder)
+        classifier, model = load_classifier(folder, folded=True)
         of_model = {key: model["normalization"][key] for key in geometry}
         if model["classes"] != store.info.classes or of_model != geometry:
             raise UserError(

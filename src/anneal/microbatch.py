@@ -16,7 +16,7 @@ from anneal.models.config import InitConfig, ModelConfig
 from anneal.optimizers.config import OptimizerConfig
 from anneal.params import UserError
 from anneal.schedules import ScheduleConfig
-from anneal.training.config import HardwareConfig, LossConfig, RegularizationConfig, TrainerConfig
+from anneal.training.config import AveragingConfig, HardwareConfig, LossConfig, RegularizationConfig, TrainerConfig
 from anneal.training.data import Batch
 from anneal.training.machine import global_settings, quiet, resolve_devices
 from anneal.training.noise_scale import NoiseScale
@@ -331,6 +331,7 @@ def find_microbatch(
     batch: BatchConfig,
     loss: LossConfig,
     regularization: RegularizationConfig,
+    averaging: AveragingConfig,
     trainer: TrainerConfig,
     hardware: HardwareConfig,
     report: Callable[[str], None] = lambda _: None,
@@ -347,7 +348,7 @@ def find_microbatch(
         Folder of policy.json and, optionally, ``extra/``.
     seed
         Of everything random.
-    model, init, optimizer, schedule, batch, loss, regularization, trainer
+    model, init, optimizer, schedule, batch, loss, regularization, averaging, trainer
         Sections of the member.
     hardware
         What the machine has.
@@ -388,6 +389,7 @@ def find_microbatch(
             batch=batch.model_copy(update={"microbatch": sizes[-1]}),
             loss=loss,
             regularization=regularization,
+            averaging=averaging,
             trainer=trainer,
             hardware=hardware.model_copy(update={"devices": devices}),
         )

@@ -12,17 +12,59 @@ if TYPE_CHECKING:
     import torch
 
 
-def choose(mixup_alpha: float, cutmix_alpha: float, *, seed: int, epoch: int, microbatch: int) -> str | None:
-    """Return which technique a microbatch gets: ``"mixup"``, ``"cutmix"`` or None; with both on either, by a fair draw.
+def choose(
+    mixup_alpha: float,
+    cutmix_alpha: float,
+    *,
+    mixup_probability: float = 1.0,
+    cutmix_probability: float = 1.0,
+    cutmix_share: float = 0.5,
+    seed: int,
+    epoch: int,
+    microbatch: int,
+) -> str | None:
+    """Return which technique a microbatch gets: ``"mixup"``, ``"cutmix"`` or None.
 
-    The draw has a key of its own, so it moves no other.
+    With both on a first draw decides between them, and then a second whether the microbatch is mixed at all. Each draw has
+    a key of its own, so it moves no other.
 
+    Parameters
+    ----------
+    mixup_alpha, cutmix_alpha
+        Parameter of Beta(alpha, alpha); 0 switches the technique off.
+    mixup_probability, cutmix_probability
+        Chance in [0, 1] that a microbatch which would get the technique really does.
+    cutmix_share
+        Chance in [0, 1] of cutmix where both are on; mixup has the rest.
+    seed, epoch, microbatch
+        Key of the draws; ``microbatch`` counts over all devices.
+
+    Examples
+    --------
     >>> choose(0.2, 0.0, seed=0, epoch=3, microbatch=7), choose(0.0, 0.0, seed=0, epoch=3, microbatch=7)
     ('mixup', None)
     """
     if mixup_alpha and cutmix_alpha:
-        return "mixup" if generator(seed, "mixing", epoch, microbatch).random() < 0.5 else "cutmix"
-    return "mixup" if mixup_alpha else "cutmix" if cutmix_alpha else None
+        is_mixup = generator(seed, "mixing", epoch, microbatch).random() < 1.0 - cutmix_share
+        technique = "mixup" if is_mixup else "cutmix"
+    elif mixup_alpha or cutmix_alpha:
+        technique = "mixup" if mixup_alpha else "cutmix"
+    else:
+        return None
+    probability = mixup_probability if technique == "mixup" else cutmix_probability
+    if probability < 1 and generator(seed, "mixing probability", epoch, microbatch).random() >= probability:
+        return None
+    return technique
+
+
+def mixed_share(num_microbatches: int, *, seed: int, epoch: int, **arguments: float) -> float:
+    """Return the share of an epoch's microbatches that are mixed; ``arguments`` are the others of `choose`.
+
+    >>> mixed_share(100, seed=0, epoch=0, mixup_alpha=0.2, cutmix_alpha=0.0, mixup_probability=0.0)
+    0.0
+    """
+    chosen = [choose(**arguments, seed=seed, epoch=epoch, microbatch=i) for i in range(num_microbatches)]
+    return sum(technique is not None for technique in chosen) / num_microbatches
 
 
 def mix(
@@ -31,6 +73,9 @@ def mix(
     *,
     mixup_alpha: float,
     cutmix_alpha: float,
+    mixup_probability: float = 1.0,
+    cutmix_probability: float = 1.0,
+    cutmix_share: float = 0.5,
     seed: int,
     epoch: int,
     microbatch: int,
@@ -43,17 +88,24 @@ def mix(
         (N, H, W, C), uint8 or floating point.
     targets
         Floating point (N, K): one-hot or smoothed class probabilities.
-    mixup_alpha, cutmix_alpha
-        Parameter of Beta(alpha, alpha); 0 switches the technique off.
-    seed, epoch, microbatch
-        Key of the draws; ``microbatch`` counts over all devices.
+    mixup_alpha, cutmix_alpha, mixup_probability, cutmix_probability, cutmix_share, seed, epoch, microbatch
+        As for `choose`.
 
     Returns
     -------
     tuple
-        Mixed images (as `mixup` or `cutmix` return them) and targets (N, K); with both off the inputs themselves.
+        Mixed images (as `mixup` or `cutmix` return them) and targets (N, K); where none is chosen the inputs themselves.
     """
-    technique = choose(mixup_alpha, cutmix_alpha, seed=seed, epoch=epoch, microbatch=microbatch)
+    technique = choose(
+        mixup_alpha,
+        cutmix_alpha,
+        mixup_probability=mixup_probability,
+        cutmix_probability=cutmix_probability,
+        cutmix_share=cutmix_share,
+        seed=seed,
+        epoch=epoch,
+        microbatch=microbatch,
+    )
     if technique is None:
         return images, targets
     draw = generator(seed, technique, epoch, microbatch)

@@ -11,9 +11,9 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 UNTRACKED = ("hardware", "tracking", "search")
 """Sections that no stage lists under ``params:``, since they cannot change a result."""
@@ -54,6 +54,13 @@ class Strict(BaseModel):
 
 
 Section = TypeVar("Section", bound=BaseModel)
+
+LENGTH = r"^[0-9]+(\.[0-9]+)? (epochs?|steps?)$"
+Length = Annotated[
+    Annotated[float, Field(ge=0, le=1)] | Annotated[str, Field(pattern=LENGTH)],
+    Field(json_schema_extra={"allowed": "a fraction of the run from 0 to 1 | N epochs | N steps"}),
+]
+"""A stretch of the run: a fraction of it, or text such as ``5 epochs`` and ``300 steps``."""
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,15 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from anneal.params import ParamsError, Strict, UserError
+from anneal.params import LENGTH, Length, ParamsError, Strict, UserError
 
-LENGTH = r"^[0-9]+(\.[0-9]+)? (epochs?|steps?)$"
-Length = Annotated[float, Field(ge=0, le=1)] | Annotated[str, Field(pattern=LENGTH)]
-"""A fraction of the run, or text such as ``5 epochs`` and ``300 steps``."""
-
-LengthField = Annotated[
-    Length, Field(json_schema_extra={"allowed": "a fraction of the run from 0 to 1 | N epochs | N steps"})
-]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Gamma = Annotated[float, Field(gt=0, le=1)]
 Momentum = Annotated[float, Field(gt=0, lt=1)]
@@ -27,7 +21,7 @@ Momentum = Annotated[float, Field(gt=0, lt=1)]
 class WarmupConfig(Strict):
     """``schedule.warmup``: a rise from ``start`` times the curve's first value to that value."""
 
-    length: LengthField
+    length: Length
     start: Fraction
     shape: Literal["linear", "exponential"]
 
@@ -41,34 +35,34 @@ class WarmupConfig(Strict):
 class StepConfig(Strict):
     """``schedule.step``: multiply by ``gamma`` every ``every``."""
 
-    every: LengthField
+    every: Length
     gamma: Gamma
 
 
 class MultistepConfig(Strict):
     """``schedule.multistep``: multiply by ``gamma`` at each of ``milestones``, counted from the start of the run."""
 
-    milestones: Annotated[list[LengthField], Field(min_length=1)]
+    milestones: Annotated[list[Length], Field(min_length=1)]
     gamma: Gamma
 
 
 class ExponentialConfig(Strict):
     """``schedule.exponential``: fall steadily, by ``gamma`` in each ``every``."""
 
-    every: LengthField
+    every: Length
     gamma: Gamma
 
 
 class InverseTimeConfig(Strict):
     """``schedule.inverse_time``: 1 / (1 + t / ``timescale``)."""
 
-    timescale: LengthField
+    timescale: Length
 
 
 class InverseSqrtConfig(Strict):
     """``schedule.inverse_sqrt``: 1 / sqrt(1 + t / ``timescale``)."""
 
-    timescale: LengthField
+    timescale: Length
 
 
 class PolynomialConfig(Strict):
@@ -83,7 +77,7 @@ class CosineRestartsConfig(Strict):
     A fraction in ``cycle`` is one of the run without its warm-up, so that whole cycles fit.
     """
 
-    cycle: LengthField
+    cycle: Length
     multiplier: Annotated[float, Field(ge=1)]
     decay: Gamma
 
@@ -110,7 +104,7 @@ class OneCycleConfig(Strict):
 class CyclicConfig(Strict):
     """``schedule.cyclic``: a triangle from ``low`` to the peak and back in each ``cycle`` (as for cosine_restarts)."""
 
-    cycle: LengthField
+    cycle: Length
     low: Fraction
     decay: Gamma
 
@@ -118,7 +112,7 @@ class CyclicConfig(Strict):
 class TrapezoidConfig(Strict):
     """``schedule.trapezoid``: stay at the peak, and fall to 0 in the last ``decay`` of the run."""
 
-    decay: LengthField
+    decay: Length
     shape: Literal["linear", "cosine", "sqrt"]
 
 
@@ -441,6 +435,7 @@ def factor(
     warmup_shape: str = "linear",
     floor: float = 0.0,
     arguments: Mapping[str, Any] | None = None,
+    swa: Mapping[str, Any] | None = None,
 ) -> float:
     """Return the factor of the peak rate at one optimizer step.
 
@@ -468,6 +463,8 @@ def factor(
         Smallest factor after the warm-up, in [0, 1].
     arguments
         Arguments of the curve, lengths in steps, as `factor_arguments` gives them.
+    swa
+        Arguments of `swa_factor`, which takes the curve's place from its first cycle on.
 
     Raises
     ------
@@ -485,6 +482,8 @@ def factor(
     else:
         value = CURVES[name](since, total_steps - warmup_steps, **(arguments or {}))
     value = floor + (1.0 - floor) * value if name in LIFTED else max(floor, value)
+    if swa is not None and step >= swa["edges"][0]:
+        value = max(floor, swa_factor(step, **swa))
     if step >= warmup_steps:
         return value
     if warmup_shape == "exponential":
@@ -523,6 +522,84 @@ def momentum_at(
     high, low = values["momentum"]
     x = _share(max(0, step - warmup_steps), total_steps - warmup_steps)
     return _there_and_back(x, (high, low, high), rise=values["rise"], shape=values["shape"])
+
+
+# ---- weight averaging -------------------------------------------------------------------------
+
+
+def swa_epochs(epochs: int, *, start: float, cycle: int) -> list[int]:
+    """Return the epochs, counted from 1, at whose end stochastic weight averaging takes the weights in.
+
+    Whole cycles that end with the run: ``start`` is rounded to whole epochs (halves up), and what does not make a cycle
+    comes before the first.
+
+    Parameters
+    ----------
+    epochs
+        Of the run.
+    start
+        Fraction of the run, in [0, 1).
+    cycle
+        Epochs of a cycle.
+
+    Examples
+    --------
+    >>> swa_epochs(12, start=0.75, cycle=1), swa_epochs(12, start=0.4, cycle=3), swa_epochs(2, start=0.75, cycle=1)
+    ([10, 11, 12], [9, 12], [])
+    """
+    number = (epochs - math.floor(start * epochs + 0.5)) // cycle
+    return [epochs - cycle * i for i in reversed(range(number))]
+
+
+def averaged_steps(name: str, arguments: Mapping[str, Any], epoch_steps: Sequence[int]) -> range | frozenset[int]:
+    """Return the optimizer steps, counted from 1, after which an average of the weights takes them in.
+
+    ``ema``: all; ``polyak``: those after ``start`` of the run, rounded to whole steps (halves up); ``swa``: the last of
+    each of `swa_epochs`.
+
+    Parameters
+    ----------
+    name, arguments
+        Of the section ``averaging``, and its block as plain values.
+    epoch_steps
+        Optimizer steps of each epoch.
+
+    Examples
+    --------
+    >>> averaged_steps("polyak", {"start": 0.5}, [3, 3]), sorted(averaged_steps("swa", {"start": 0, "cycle": 1}, [3, 3]))
+    (range(4, 7), [3, 6])
+    """
+    total = sum(epoch_steps)
+    if name == "swa":
+        ends = swa_epochs(len(epoch_steps), start=arguments["start"], cycle=arguments["cycle"])
+        return frozenset(sum(epoch_steps[:epoch]) for epoch in ends)
+    return range(math.floor(arguments["start"] * total + 0.5) + 1 if name == "polyak" else 1, total + 1)
+
+
+def swa_factor(step: int, *, edges: Sequence[int], lr: float, low: float) -> float:
+    """Return the factor within a cycle: from nearly ``lr`` down to ``lr low`` at its last step (Izmailov et al. 2018).
+
+    With n the steps of the cycle and i = 1 ... n within it: ``lr ((1 - i / n) + low i / n)``. With ``low`` 1 it is constant.
+
+    Parameters
+    ----------
+    step
+        At least the first of ``edges``; beyond the last the factor is that of the end of a cycle.
+    edges
+        First step of each cycle, and the end of the last.
+    lr, low
+        Of ``averaging.swa``.
+
+    Examples
+    --------
+    >>> [round(swa_factor(s, edges=[4, 8, 10], lr=0.5, low=0.2), 3) for s in range(4, 10)]
+    [0.4, 0.3, 0.2, 0.1, 0.3, 0.1]
+    """
+    cycle = bisect.bisect_right(edges, step) - 1
+    if cycle == len(edges) - 1:
+        return lr * low
+    share = (step - edges[cycle] + 1) / (edges[cycle + 1] - edges[cycle])
+    return lr * (1.0 - share + low * share)
 
 
 # ---- from the section to steps --------------------------------------------------------------------------------------
@@ -598,7 +675,11 @@ WHOLE = frozenset({"step", "trapezoid"})
 
 
 def factor_arguments(
-    schedule: Mapping[str, Any], *, total_steps: int, steps_per_epoch: int | Sequence[int]
+    schedule: Mapping[str, Any],
+    *,
+    total_steps: int,
+    steps_per_epoch: int | Sequence[int],
+    swa: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the keyword arguments of `factor` and `momentum_at` for the section ``schedule`` and a run's length.
 
@@ -616,6 +697,8 @@ def factor_arguments(
         Optimizer steps in the whole run.
     steps_per_epoch
         Optimizer steps in an epoch; one number an epoch where they differ.
+    swa
+        The block ``averaging.swa`` where that is on and sets the rate, as plain values.
 
     Raises
     ------
@@ -688,7 +771,20 @@ def factor_arguments(
         "warmup_shape": warmup["shape"],
         "floor": schedule["floor"],
         "arguments": arguments,
+        **({} if swa is None else {"swa": _swa_arguments(total_steps, steps_per_epoch, **swa)}),
     }
+
+
+def _swa_arguments(
+    total_steps: int, steps_per_epoch: int | Sequence[int], *, start: float, lr: float, cycle: int, low: float
+) -> dict[str, Any] | None:
+    lengths = (
+        [steps_per_epoch] * (total_steps // steps_per_epoch) if isinstance(steps_per_epoch, int) else steps_per_epoch
+    )
+    ends = swa_epochs(len(lengths), start=start, cycle=cycle)
+    if not ends:
+        return None
+    return {"edges": [sum(lengths[:epoch]) for epoch in (ends[0] - cycle, *ends)], "lr": lr, "low": low}
 
 
 def schedule_faults(
@@ -805,7 +901,10 @@ def course_panels(members: Mapping[str, Course], points: int = 500) -> list[dict
         rates.append({**line, "y": [peak * factor(step, **course.arguments) for step in steps]})
         if momentum_at(0, **course.arguments) is not None:
             momenta.append({**line, "y": [momentum_at(step, **course.arguments) for step in steps]})
-    kinds = list(dict.fromkeys(str(course.arguments["name"]) for _, course in alike))
+    swa = [", then swa" if course.arguments.get("swa") else "" for _, course in alike]
+    kinds = list(
+        dict.fromkeys(f"{course.arguments['name']}{then}" for (_, course), then in zip(alike, swa, strict=True))
+    )
     lengths = {steps for _, course in alike for steps in course.epoch_steps}
     epochs = f" ({lengths.pop()} an epoch)" if len(lengths) == 1 else ""
     axis = {"x_label": f"optimizer step{epochs}"}

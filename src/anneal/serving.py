@@ -160,7 +160,7 @@ def load_predictor(root: Path | str = Path("."), device: str = "cpu") -> Predict
         exported = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no exported predictor; run `dvc repro` first") from None
-    loaded = {name: load_classifier(root / "models" / name) for name in exported["members"]}
+    loaded = {name: load_classifier(root / "models" / name, folded=True) for name in exported["members"]}
     models = [model for _, model in loaded.values()]
     first = models[0]
     geometry = {key: first["normalization"][key] for key in ("height", "width", "channels")}

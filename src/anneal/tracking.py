@@ -201,7 +201,7 @@ class Run:
         self._send("headline", values=values, time=_now())
 
     def curves(self, values: Mapping[str, Sequence[float]]) -> None:
-        """Log curves on the parent run as ``curve/<name>``, a value an epoch, so that recipes overlay in one chart."""
+        """Log curves on the parent run as ``curve/<name>``, a value an epoch (NaN: none), so that recipes overlay in one chart."""
         self._send("curves", values=values, time=_now())
 
     def tag(self, key: str, value: object) -> None:
@@ -879,6 +879,7 @@ class _Session:
             Metric(f"curve/{key}", float(value), time, step)
             for key, curve in values.items()
             for step, value in enumerate(curve, 1)
+            if not np.isnan(value)
         ]
         if self.parent_id:
             self.log_points(self.parent_id, points)

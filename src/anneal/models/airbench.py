@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from anneal.models.layers import Dropout, Style
+from anneal.models.layers import Dropout, Style, close_stage
 
 KERNEL = 2
 """Side of the first convolution."""
@@ -33,6 +33,8 @@ class Airbench(nn.Module):
         Factor of the logits, which keeps the first ones small.
     dropout
         Chance that a feature of the head's input is dropped.
+    spatial_dropout
+        Chance that a channel is dropped at the end of each stage.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Airbench(nn.Module):
         style: Style,
         scale: float = 1 / 9,
         dropout: float = 0.0,
+        spatial_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         channels = 2 * in_channels * KERNEL**2
@@ -57,7 +60,7 @@ class Airbench(nn.Module):
             stage.update((f"{name}1", layer) for name, layer in style.follow(width))
             stage["conv2"] = nn.Conv2d(width, width, 3, 1, 1, bias=style.bias)
             stage.update((f"{name}2", layer) for name, layer in style.follow(width))
-            self.stages.append(nn.Sequential(stage))
+            self.stages.append(close_stage(nn.Sequential(stage), spatial_dropout))
             channels = width
         self.dropout = Dropout(dropout)
         self.head = nn.Linear(channels, num_classes, bias=False)

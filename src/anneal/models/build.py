@@ -17,12 +17,13 @@ from anneal.models.config import RESIDUAL, conflicts, is_custom
 from anneal.models.convnet import ConvNet
 from anneal.models.convnext import ConvNeXt
 from anneal.models.custom import construct
-from anneal.models.layers import Custom, KeyedRandom, Style
+from anneal.models.folding import fold
+from anneal.models.layers import Custom, GaussianNoise, KeyedRandom, Style
 from anneal.models.mlp import MLP
 from anneal.models.normalization import Normalization
 from anneal.models.resnet import ResNet, preact_resnet, wide_resnet
 from anneal.params import UserError, nearest
-from anneal.seeding import seed_for
+from anneal.seeding import generator, seed_for
 
 
 def _mlp(in_channels: int, num_classes: int, *, height: int, width: int, **arguments: Any) -> nn.Module:
@@ -42,16 +43,25 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 
 class Classifier(nn.Module):
-    """Normalisation and network: uint8 images (N, H, W, C) to logits (N, num_classes)."""
+    """Normalisation and network: uint8 images (N, H, W, C) to logits (N, num_classes).
 
-    def __init__(self, normalization: Normalization, network: nn.Module) -> None:
+    Parameters
+    ----------
+    normalization, network
+        The two.
+    input_noise
+        Standard deviation of the noise between them in training; 0: none.
+    """
+
+    def __init__(self, normalization: Normalization, network: nn.Module, input_noise: float = 0.0) -> None:
         super().__init__()
         self.normalization = normalization
+        self.noise = GaussianNoise(input_noise)
         self.network = network
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return logits, float32 (N, num_classes), from images in 0..255, uint8 or floating point (N, H, W, C)."""
-        return self.network(self.normalization(images))
+        return self.network(self.noise(self.normalization(images)))
 
 
 def build_network(
@@ -68,6 +78,7 @@ def build_network(
     norm_arguments: Mapping[str, Any] | None = None,
     dropout: float = 0.0,
     stochastic_depth: float = 0.0,
+    spatial_dropout: float = 0.0,
     seed: int = 0,
 ) -> nn.Module:
     """Build a network from plain values, its weights in channels_last memory and not yet initialised.
@@ -83,7 +94,7 @@ def build_network(
         Geometry of the images.
     activation, norm, norm_position, norm_arguments
         See `anneal.models.layers.Style`.
-    dropout, stochastic_depth
+    dropout, stochastic_depth, spatial_dropout
         Chances, in [0, 1).
     seed
         Of the initial weights of a network by import path, which draws them itself.
@@ -113,6 +124,7 @@ def build_network(
             norm_arguments=norm_arguments,
             dropout=dropout,
             stochastic_depth=stochastic_depth,
+            spatial_dropout=spatial_dropout,
         )
     )
     if is_custom(name):
@@ -124,6 +136,8 @@ def build_network(
         keywords["stochastic_depth"] = stochastic_depth
     if name == "mlp":
         keywords.update(height=height, width=width)
+    else:
+        keywords["spatial_dropout"] = spatial_dropout
     return NETWORKS[name](in_channels, num_classes, **keywords).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -182,6 +196,7 @@ def build_classifier(
     normalization: Mapping[str, Any],
     statistics: Mapping[str, npt.NDArray[np.floating]] | None,
     *,
+    input_noise: float = 0.0,
     seed: int = 0,
 ) -> Classifier:
     """Build the normalisation layer and the network behind it.
@@ -194,6 +209,8 @@ def build_classifier(
         ``kind``, ``height``, ``width`` and ``channels`` of `Normalization`.
     statistics
         Arrays of statistics.npz; None leaves room for a state dict's.
+    input_noise
+        See `Classifier`.
     seed
         As for `build_network`.
 
@@ -212,7 +229,7 @@ def build_classifier(
         )
     )
     layer = Normalization(statistics=statistics, **normalization)
-    return Classifier(layer, build_network(**architecture, seed=seed))
+    return Classifier(layer, build_network(**architecture, seed=seed), input_noise)
 
 
 def _refuse(faults: list[str]) -> None:
@@ -220,7 +237,7 @@ def _refuse(faults: list[str]) -> None:
         raise UserError("\n".join(faults))
 
 
-def load_classifier(folder: Path | str) -> tuple[Classifier, dict[str, Any]]:
+def load_classifier(folder: Path | str, *, folded: bool = False) -> tuple[Classifier, dict[str, Any]]:
     """Load a trained member.
 
     Where model.json names a network by import path, that code is run.
@@ -229,6 +246,8 @@ def load_classifier(folder: Path | str) -> tuple[Classifier, dict[str, Any]]:
     ----------
     folder
         Holds model.json and weights.safetensors.
+    folded
+        Whether batch norm layers are folded into the layers before them, where they can be: the same logits, sooner.
 
     Returns
     -------
@@ -265,7 +284,16 @@ def load_classifier(folder: Path | str) -> tuple[Classifier, dict[str, Any]]:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: weights.safetensors does not fit model.json ({reason}); train again") from None
-    return classifier.eval(), model
+    classifier.eval()
+    if folded:
+        classifier.network = fold(classifier.network, classifier.normalization(_example(classifier.normalization)))
+    return classifier, model
+
+
+def _example(normalization: Normalization) -> torch.Tensor:
+    """Return two images of noise, uint8 (2, H, W, C), always the same."""
+    shape = (2, normalization.height, normalization.width, normalization.channels)
+    return torch.from_numpy(generator(0, "example").integers(0, 256, shape, "uint8"))
 
 
 def key_randomness(network: nn.Module, seed: int, epoch: int, microbatch: int) -> None:

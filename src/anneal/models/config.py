@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, JsonValue, model_validator
 
 from anneal.models.custom import PATTERN
-from anneal.params import Strict
+from anneal.params import Length, Strict
 
 Activation = Literal[
     "auto",
@@ -49,13 +49,23 @@ RESIDUAL = ("resnet", "preact_resnet", "wide_resnet", "convnext")
 """Architectures with residual branches."""
 
 
+class RecalibrateConfig(Strict):
+    """``model.norm.batch.recalibrate``: running statistics as a plain mean over training batches (Wu & Johnson 2021)."""
+
+    when: Literal["averaging", "always", "never"]
+    images: Annotated[int, Field(ge=2)]
+
+
 class BatchNormConfig(Strict):
-    """``model.norm.batch``: arguments of torch.nn.BatchNorm2d."""
+    """``model.norm.batch``: arguments of torch.nn.BatchNorm2d, and what becomes of its statistics."""
 
     momentum: Annotated[float, Field(gt=0, le=1)]
     eps: Epsilon
     affine: bool = True
     ghost: Annotated[int, Field(ge=2)] | None = None
+    sync: bool
+    frozen: bool
+    recalibrate: RecalibrateConfig
 
 
 class GroupNormConfig(Strict):
@@ -87,7 +97,7 @@ class NormConfig(Strict):
     def arguments(self) -> dict[str, Any]:
         """Arguments of the layer, plain values."""
         block = getattr(self, self.name, None)
-        return {} if block is None else block.model_dump()
+        return {} if block is None else block.model_dump(exclude={"recalibrate"})
 
 
 class MLPConfig(Strict):
@@ -174,6 +184,15 @@ ModelName = (
 )
 
 
+class StartFromConfig(Strict):
+    """``model.start_from``: a trained member whose weights a run starts from, pinned by their hash."""
+
+    path: str | None
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None
+    freeze: Length
+    unfreeze: Literal["together", "gradually"]
+
+
 class ModelConfig(Strict):
     """Section ``model``: the architecture, and one block of arguments for each choice.
 
@@ -193,6 +212,7 @@ class ModelConfig(Strict):
     convnet: ConvNetConfig
     mlp: MLPConfig
     custom: dict[str, JsonValue]
+    start_from: StartFromConfig
 
     @model_validator(mode="before")
     @classmethod
@@ -373,6 +393,7 @@ def conflicts(
     norm_arguments: Mapping[str, Any] | None = None,
     dropout: float = 0.0,
     stochastic_depth: float = 0.0,
+    spatial_dropout: float = 0.0,
     microbatch: int | None = None,
     whiten_first: bool = False,
     zero_last: bool = False,
@@ -389,7 +410,7 @@ def conflicts(
         ``preprocess.normalize``.
     norm, norm_position, norm_arguments
         ``model.norm.name``, ``model.norm.position`` and the block of that name; arguments that it lacks are not checked.
-    dropout, stochastic_depth
+    dropout, stochastic_depth, spatial_dropout
         Of ``regularization``.
     microbatch
         ``batch.microbatch``; None leaves it unchecked.
@@ -403,13 +424,19 @@ def conflicts(
     regularization.stochastic_depth: found 0.1 with model.name mlp, allowed: 0, or a model.name with residual branches to drop: resnet | preact_resnet | wide_resnet | convnext
     """
     if is_custom(name):
-        return _custom_conflicts(name, normalize, dropout, stochastic_depth, whiten_first, zero_last)
+        rates = {"dropout": dropout, "stochastic_depth": stochastic_depth, "spatial_dropout": spatial_dropout}
+        return _custom_conflicts(name, normalize, rates, whiten_first, zero_last)
     given = norm_arguments or {}
     faults: list[str] = []
     if stochastic_depth and name not in RESIDUAL:
         faults.append(
             f"regularization.stochastic_depth: found {stochastic_depth:g} with model.name {name}, allowed: 0, or a "
             f"model.name with residual branches to drop: {' | '.join(RESIDUAL)}"
+        )
+    if spatial_dropout and name == "mlp":
+        faults.append(
+            f"regularization.spatial_dropout: found {spatial_dropout:g} with model.name mlp, which has no channels to drop "
+            f"as a whole, allowed: 0, or regularization.dropout"
         )
     if norm_position == "after" and name == "convnext":
         faults.append(
@@ -477,7 +504,18 @@ def _norm_conflicts(
     """Say where a norm layer cannot be built, or would see a single value at a time."""
     channels = _normed_channels(name, arguments)
     area = _last_map(name, arguments, height) * _last_map(name, arguments, width)
-    if norm == "batch" and microbatch is not None:
+    chosen = [key for key in ("frozen", "sync", "ghost") if given.get(key)] if norm == "batch" else []
+    if len(chosen) > 1:
+        reasons = {
+            "frozen": "which normalises by kept statistics and not by samples",
+            "sync": "which normalises by the samples of all devices together",
+        }
+        off = "null" if chosen[1] == "ghost" else "false"
+        return [
+            f"model.norm.batch.{chosen[1]}: found {str(given[chosen[1]]).lower()} with model.norm.batch.{chosen[0]}, "
+            f"{reasons[chosen[0]]}, allowed: {off}, or model.norm.batch.{chosen[0]}: false"
+        ]
+    if norm == "batch" and microbatch is not None and not given.get("frozen"):
         ghost = given.get("ghost")
         if microbatch == 1 and channels:
             return [
@@ -521,12 +559,12 @@ def _near(number: int, whole: int, *, least: int = 1) -> int:
 
 
 def _custom_conflicts(
-    name: str, normalize: str, dropout: float, stochastic_depth: float, whiten_first: bool, zero_last: bool
+    name: str, normalize: str, rates: Mapping[str, float], whiten_first: bool, zero_last: bool
 ) -> list[str]:
     """Say which settings a network by import path cannot follow, since nothing is known of its layers."""
     faults = [
         f"regularization.{key}: found {value:g} with model.name {name}, allowed: 0; give the network its own in model.custom"
-        for key, value in (("dropout", dropout), ("stochastic_depth", stochastic_depth))
+        for key, value in rates.items()
         if value
     ]
     faults += [

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from anneal.models.layers import Dropout, Style
+from anneal.models.layers import Dropout, Style, close_stage
 
 
 class ConvNet(nn.Module):
@@ -26,6 +26,8 @@ class ConvNet(nn.Module):
         Activation and norm.
     dropout
         Chance that a feature of the head's input is dropped.
+    spatial_dropout
+        Chance that a channel is dropped at the end of each stage.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class ConvNet(nn.Module):
         depth: int,
         style: Style,
         dropout: float = 0.0,
+        spatial_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         channels = in_channels
@@ -48,7 +51,7 @@ class ConvNet(nn.Module):
                 stage.update((f"{name}{index}", layer) for name, layer in style.follow(width))
                 channels = width
             stage["pool"] = nn.MaxPool2d(2)
-            self.stages.append(nn.Sequential(stage))
+            self.stages.append(close_stage(nn.Sequential(stage), spatial_dropout))
         self.dropout = Dropout(dropout)
         self.head = nn.Linear(channels, num_classes)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from anneal.models.layers import Dropout, LayerScale, ResidualBlock, StochasticDepth, Style
+from anneal.models.layers import Dropout, LayerScale, ResidualBlock, StochasticDepth, Style, close_stage
 
 
 class ConvNeXtBlock(ResidualBlock):
@@ -63,6 +63,8 @@ class ConvNeXt(nn.Module):
         Chance that a feature of the head's input is dropped.
     stochastic_depth
         Chance that the last block's branch is dropped; block l of L has l / L of it.
+    spatial_dropout
+        Chance that a channel is dropped at the end of each stage.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class ConvNeXt(nn.Module):
         layer_scale: float = 1e-6,
         dropout: float = 0.0,
         stochastic_depth: float = 0.0,
+        spatial_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         conv = nn.Conv2d(in_channels, widths[0], stem, stem, bias=style.bias_counts)
@@ -93,7 +96,7 @@ class ConvNeXt(nn.Module):
                 count += 1
                 drop_rate = stochastic_depth * count / total
                 stage.add_module(f"{position}", ConvNeXtBlock(width, style, kernel, layer_scale, drop_rate))
-            self.stages.append(stage)
+            self.stages.append(close_stage(stage, spatial_dropout))
             channels = width
         self.norm = style.normalize(channels, vector=True)
         self.dropout = Dropout(dropout)

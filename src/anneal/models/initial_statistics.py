@@ -206,7 +206,7 @@ def _spread(units: torch.Tensor) -> float:
 
 
 def _closed(block: ResidualBlock) -> bool:
-    weight = block.last.get_parameter("weight")
+    weight = block.last.state_dict()["weight"]  # a buffer where it is frozen
     return float(weight.detach().abs().max()) <= (CLOSED if weight.ndim == 1 else 0.0)
 
 

@@ -444,7 +444,7 @@ def initialize(
         if zero_last:
             for module in network.modules():
                 if isinstance(module, ResidualBlock):
-                    module.last.get_parameter("weight").zero_()
+                    module.last.state_dict()["weight"].zero_()  # a buffer where it is frozen
         if name in DATA_LAWS:
             assert images is not None, f"{name} needs images"
             DATA_LAWS[name](network, images, **arguments)

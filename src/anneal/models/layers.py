@@ -136,21 +136,31 @@ class KeyedRandom(nn.Module):
     The state is one number, ``key``: each forward pass at one key draws the same, on any process, so a second pass over
     the same microbatch sees the same network and nothing random needs saving. Without a key (None) the draws come from
     torch's global generator, as torch's own layers do.
+
+    Parameters
+    ----------
+    rate
+        How much: a chance below 1 where something is dropped, a standard deviation where noise is added. At 0 the layer
+        draws nothing.
     """
 
     technique: ClassVar[str]
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        assert 0 <= rate < 1, rate
+        assert rate >= 0, rate
         self.rate = rate
         self.key: int | None = None
 
+    def _generator(self, x: torch.Tensor) -> torch.Generator | None:
+        """Return the generator of this forward pass, on the device of ``x``; None is torch's global one."""
+        return None if self.key is None else torch.Generator(x.device).manual_seed(self.key)
+
     def _keep(self, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """Return ones that were kept and zeros that were dropped, over the chance of being kept, so the mean stays."""
-        generator = None if self.key is None else torch.Generator(x.device).manual_seed(self.key)
-        kept = torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(1.0 - self.rate, generator=generator)
-        return kept.div_(1.0 - self.rate)
+        assert self.rate < 1, self.rate
+        kept = torch.empty(shape, dtype=x.dtype, device=x.device)
+        return kept.bernoulli_(1.0 - self.rate, generator=self._generator(x)).div_(1.0 - self.rate)
 
     def extra_repr(self) -> str:
         """Name the rate in the module's print-out."""
@@ -165,6 +175,45 @@ class Dropout(KeyedRandom):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x`` with elements dropped and the others divided by ``1 - rate``; ``x`` itself when evaluating."""
         return x * self._keep(x, tuple(x.shape)) if self.training and self.rate else x
+
+
+class SpatialDropout(KeyedRandom):
+    """Zero whole channels of each sample with chance ``rate`` in training (Tompson et al. 2015).
+
+    Neighbouring pixels of a feature map say nearly the same, so that to drop single ones takes hardly anything away.
+    """
+
+    technique = "spatial_dropout"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (N, C, H, W) with channels dropped and the others divided by ``1 - rate``; ``x`` itself when evaluating."""
+        if not (self.training and self.rate):
+            return x
+        return x * self._keep(x, (*x.shape[:2], 1, 1))
+
+
+def close_stage(stage: nn.Sequential, spatial_dropout: float) -> nn.Sequential:
+    """Return the stage with a `SpatialDropout` at its end, at rate 0 without; all other layers keep their names."""
+    if spatial_dropout:
+        stage.add_module("spatial_dropout", SpatialDropout(spatial_dropout))
+    return stage
+
+
+class GaussianNoise(KeyedRandom):
+    """Add Gaussian noise of standard deviation ``rate`` to the input in training.
+
+    To first order in ``rate ** 2`` this is a penalty on the derivatives of the network by its input, Tikhonov's
+    regularisation (Bishop 1995): for half the squared error, ``rate ** 2 / 2 * sum((dy / dx) ** 2)``.
+    """
+
+    technique = "input_noise"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x`` with noise on each element; ``x`` itself when evaluating."""
+        if not (self.training and self.rate):
+            return x
+        noise = torch.empty(x.shape, dtype=x.dtype, device=x.device).normal_(generator=self._generator(x))
+        return torch.add(x, noise, alpha=self.rate)
 
 
 class StochasticDepth(KeyedRandom):
@@ -188,8 +237,7 @@ class Custom(KeyedRandom):
     technique = "custom"
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__(0.0)
-        self.rate = 1.0  # Whether it draws at all is not known.
+        super().__init__(1.0)  # Whether it draws at all is not known.
         self.module = module
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

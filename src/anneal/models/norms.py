@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anneal.params import UserError
@@ -59,6 +61,93 @@ class GhostBatchNorm1d(_GhostBatchNorm, nn.BatchNorm1d):
     """`_GhostBatchNorm` of vectors (N, C)."""
 
 
+class SyncedBatchNorm(_BatchNorm):
+    """Batch normalisation by the samples of all processes, on CPUs too (torch's own SyncBatchNorm needs GPUs).
+
+    Forward pass, gradients and running statistics are those of one process with the samples of all: sums are added up over
+    processes, and so are their gradients. Mean first, then the squares about it, which keeps the variance exact where it is
+    small beside the mean. Without a process group, and with one process, it is torch's layer.
+
+    Every process must make every pass in the same order. ``together`` set to False makes each normalise by its own samples.
+    """
+
+    def __init__(self, channels: int, **arguments: Any) -> None:
+        super().__init__(channels, **arguments)
+        self.together = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (N, C[, H, W]) normalised by all processes' samples in training, which may differ in N."""
+        if not (self.training and self.together and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(x)
+        self._check_input_dim(x)
+        values, others, shape = x.float(), [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
+        # A microbatch that only keeps its process in step has momentum 0: it is normalised, but nobody learns of it.
+        counts = float(self.momentum != 0)
+        number = values.new_tensor([counts * x.numel() / x.shape[1]])
+        *sums, number = all_reduce(torch.cat([values.sum(others) * counts, number])).split([x.shape[1], 1])
+        mean = sums[0] / number
+        centered = values - mean.view(shape)
+        var = all_reduce(centered.square().sum(others) * counts) / number
+        if self.track_running_stats:
+            self._track(mean.detach(), (var * (number / (number - 1))).detach())
+        scale = torch.rsqrt(var + self.eps)
+        scale = scale if self.weight is None else scale * self.weight
+        y = centered * scale.view(shape)
+        return (y if self.bias is None else y + self.bias.view(shape)).to(x.dtype)
+
+    def _track(self, mean: torch.Tensor, var: torch.Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(var, momentum)
+
+    def extra_repr(self) -> str:
+        """Say so in the module's print-out."""
+        return f"{super().extra_repr()}, sync=True"
+
+
+class SyncedBatchNorm2d(SyncedBatchNorm, nn.BatchNorm2d):
+    """`SyncedBatchNorm` of images (N, C, H, W)."""
+
+
+class SyncedBatchNorm1d(SyncedBatchNorm, nn.BatchNorm1d):
+    """`SyncedBatchNorm` of vectors (N, C)."""
+
+
+class FrozenBatchNorm(_BatchNorm):
+    """Batch normalisation by its running statistics in training too; nothing of it is trained.
+
+    As torchvision's FrozenBatchNorm2d; state dicts are those of torch's batch norm layers. Scale and shift are buffers, so
+    that no optimizer, penalty or unfreezing finds them.
+    """
+
+    def __init__(self, channels: int, **arguments: Any) -> None:
+        super().__init__(channels, **arguments)
+        # It has running statistics, and tracks none: what updates, recalibrates or measures them passes it over.
+        self.track_running_stats = False
+        for name in ("weight", "bias"):
+            value = self._parameters.pop(name)
+            self.register_buffer(name, None if value is None else value.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (N, C[, H, W]) normalised by the running statistics."""
+        self._check_input_dim(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def extra_repr(self) -> str:
+        """Say so in the module's print-out."""
+        return f"{super().extra_repr()}, frozen=True"
+
+
+class FrozenBatchNorm2d(FrozenBatchNorm, nn.BatchNorm2d):
+    """`FrozenBatchNorm` of images (N, C, H, W)."""
+
+
+class FrozenBatchNorm1d(FrozenBatchNorm, nn.BatchNorm1d):
+    """`FrozenBatchNorm` of vectors (N, C)."""
+
+
 class LayerNorm2d(nn.LayerNorm):
     """Layer normalisation over the channels of each pixel, as in ConvNeXt (Ba et al. 2016; Liu et al. 2022).
 
@@ -70,9 +159,18 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def _batch(plain: type[_BatchNorm], ghostly: type[_GhostBatchNorm]) -> Callable[..., nn.Module]:
-    def layer(channels: int, *, ghost: int | None = None, **arguments: Any) -> nn.Module:
-        return plain(channels, **arguments) if ghost is None else ghostly(channels, ghost=ghost, **arguments)
+def _batch(
+    plain: type[_BatchNorm],
+    ghostly: type[_GhostBatchNorm],
+    synced: type[SyncedBatchNorm],
+    frozen_at: type[FrozenBatchNorm],
+) -> Callable[..., nn.Module]:
+    def layer(
+        channels: int, *, ghost: int | None = None, sync: bool = False, frozen: bool = False, **arguments: Any
+    ) -> nn.Module:
+        if ghost is not None:
+            return ghostly(channels, ghost=ghost, **arguments)
+        return (frozen_at if frozen else synced if sync else plain)(channels, **arguments)
 
     return layer
 
@@ -105,7 +203,10 @@ def _none(channels: int) -> nn.Module:  # noqa: ARG001
 
 
 NORMS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
-    "batch": (_batch(nn.BatchNorm2d, GhostBatchNorm2d), _batch(nn.BatchNorm1d, GhostBatchNorm1d)),
+    "batch": (
+        _batch(nn.BatchNorm2d, GhostBatchNorm2d, SyncedBatchNorm2d, FrozenBatchNorm2d),
+        _batch(nn.BatchNorm1d, GhostBatchNorm1d, SyncedBatchNorm1d, FrozenBatchNorm1d),
+    ),
     "group": (_group, _group),
     "layer": (_layer(LayerNorm2d), _layer(nn.LayerNorm)),
     "instance": (_instance, _instance),

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from anneal.models.layers import Dropout, ResidualBlock, StochasticDepth, Style
+from anneal.models.layers import Dropout, ResidualBlock, StochasticDepth, Style, close_stage
 
 
 class BasicBlock(ResidualBlock):
@@ -163,6 +163,8 @@ class ResNet(nn.Module):
         Chance that a feature of the head's input is dropped.
     stochastic_depth
         Chance that the last block's branch is dropped; block l of L has l / L of it (Huang et al. 2016).
+    spatial_dropout
+        Chance that a channel is dropped at the end of each stage.
     stem_width
         Channels of the stem; None: those of the first stage.
     block_dropout
@@ -181,6 +183,7 @@ class ResNet(nn.Module):
         block: str = "basic",
         dropout: float = 0.0,
         stochastic_depth: float = 0.0,
+        spatial_dropout: float = 0.0,
         stem_width: int | None = None,
         block_dropout: float = 0.0,
     ) -> None:
@@ -206,7 +209,7 @@ class ResNet(nn.Module):
                 drop_rate = stochastic_depth * count / total
                 blocks.append(cls(channels, width, step, style, drop_rate, block_dropout))
                 channels = width * cls.expansion
-            self.stages.append(nn.Sequential(*blocks))
+            self.stages.append(close_stage(nn.Sequential(*blocks), spatial_dropout))
 
         self.end = nn.Sequential(OrderedDict(style.follow(channels) if ends_open else []))
         self.dropout = Dropout(dropout)
@@ -239,7 +242,7 @@ def wide_resnet(
     block_dropout
         Chance that a feature before the second convolution of a block is dropped.
     arguments
-        ``style``, ``dropout`` and ``stochastic_depth`` of `ResNet`.
+        ``style``, ``dropout``, ``stochastic_depth`` and ``spatial_dropout`` of `ResNet`.
     """
     assert depth % 6 == 4, depth
     return ResNet(

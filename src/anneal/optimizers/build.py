@@ -124,6 +124,7 @@ def build_optimizer(
     decay_exempt: Collection[str] = ("bias", "norm", "scale"),
     lr_factors: Mapping[str, float] | None = None,
     sam: Mapping[str, Any] | None = None,
+    staged: bool = False,
 ) -> torch.optim.Optimizer:
     """Build an optimizer over `parameter_groups`, in torch's fastest implementation of its law on the network's device.
 
@@ -142,6 +143,8 @@ def build_optimizer(
         ``first``, ``head`` and ``layer_decay`` of `rate_factors`; None is 1 for each.
     sam
         ``rho`` and ``adaptive`` of `SAM`; None or a rho of 0 is off.
+    staged
+        Some parameters get their first gradient later than others.
 
     Raises
     ------
@@ -159,7 +162,7 @@ def build_optimizer(
     if name == "Muon":
         optimizer = _muon(network, arguments, decay_exempt, factors)
     else:
-        optimizer = _over_groups(network, class_of(name), arguments, decay_exempt, factors)
+        optimizer = _over_groups(network, class_of(name), arguments, decay_exempt, factors, staged=staged)
     return SAM(optimizer, **sam) if sam is not None and rho else optimizer
 
 
@@ -170,6 +173,8 @@ def _over_groups(
     decay_exempt: Collection[str],
     factors: Mapping[str, float],
     only: Collection[nn.Parameter] | None = None,
+    *,
+    staged: bool = False,
 ) -> torch.optim.Optimizer:
     values = {**law(cls), **_values(arguments)}
     groups = parameter_groups(
@@ -181,7 +186,9 @@ def _over_groups(
         **factors,
     )
     build: Callable[..., torch.optim.Optimizer] = cls
-    optimizer = build(groups, **_values(arguments), **_implementation(network, cls, values))
+    # torch's fused SGD makes the momentum of all parameters of a group at once, or of none.
+    fastest = {} if staged and cls is torch.optim.SGD else _implementation(network, cls, values)
+    optimizer = build(groups, **_values(arguments), **fastest)
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         # Else 16-bit training would leave unscaling to the fused step, and clipping would see scaled gradients.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]

@@ -74,15 +74,30 @@ def _kinds(module: nn.Module, name: str, parameter: nn.Parameter) -> set[str]:
     return kinds or ({"scale"} if parameter.ndim < 2 else set())
 
 
-def _layers(network: nn.Module) -> Iterator[tuple[int, bool, nn.Parameter]]:
-    """Yield each parameter with the number of its weight layer, and whether it is that layer's weight."""
+def module_layers(network: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+    """Yield each module with the number of its weight layer, in module order from 0: of its own weight or the one before."""
     layer = -1
     for module in network.modules():
-        weight = getattr(module, "weight", None)
-        has_weight = isinstance(weight, nn.Parameter) and weight.ndim >= 2
-        layer += has_weight
+        layer += _own_weight(module) is not None
+        yield max(layer, 0), module
+
+
+def _own_weight(module: nn.Module) -> nn.Parameter | None:
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, nn.Parameter) and weight.ndim >= 2 else None
+
+
+def _layers(network: nn.Module) -> Iterator[tuple[int, bool, nn.Parameter]]:
+    """Yield each parameter with the number of its weight layer, and whether it is that layer's weight."""
+    for layer, module in module_layers(network):
+        weight = _own_weight(module)
         for parameter in module.parameters(recurse=False):
-            yield max(layer, 0), has_weight and parameter is weight, parameter
+            yield layer, parameter is weight, parameter
+
+
+def parameter_layers(network: nn.Module) -> dict[nn.Parameter, int]:
+    """Return the number of the weight layer of each parameter, from 0 for the first to the head's."""
+    return {parameter: layer for layer, _, parameter in _layers(network)}
 
 
 def weight_layers(network: nn.Module) -> list[nn.Parameter]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anneal.reporting.curves import COLOURS
+from anneal.reporting.heat_maps import HeatMap, draw_heat_map
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Panel:
         Label to an x at which a vertical line stands.
     y_limits
         Lowest and highest y shown; by default all.
+    y_names
+        What stands at y = 0, 1, ..., from the top down, instead of numbers.
     """
 
     lines: Sequence[Line]
@@ -63,6 +66,7 @@ class Panel:
     log_y: bool = False
     marks: Mapping[str, float] = field(default_factory=dict)
     y_limits: tuple[float, float] | None = None
+    y_names: Sequence[str] = ()
 
 
 def as_values(panels: Sequence[Panel]) -> list[dict[str, Any]]:
@@ -76,7 +80,7 @@ def from_values(values: Sequence[Mapping[str, Any]]) -> list[Panel]:
 
 
 def draw_panels(
-    panels: Sequence[Panel],
+    panels: Sequence[Panel | HeatMap],
     path: Path | str,
     title: str = "",
     *,
@@ -111,7 +115,10 @@ def draw_panels(
         figure = Figure(figsize=extent, layout="constrained")
         places = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, panel in zip(places, panels, strict=False):
-            _draw(axes, panel)
+            if isinstance(panel, HeatMap):
+                draw_heat_map(axes, panel)
+            else:
+                _draw(axes, panel)
         for axes in places[len(panels) :]:
             axes.set_visible(False)
         if title:
@@ -138,6 +145,9 @@ def _draw(axes: Any, panel: Panel) -> None:
         axes.set_yscale("log")
     if panel.y_limits is not None:
         axes.set_ylim(*panel.y_limits)
+    if panel.y_names:
+        axes.set_yticks(range(len(panel.y_names)), panel.y_names, fontsize=7)
+        axes.invert_yaxis()
     axes.grid(alpha=0.3)
     if panel.marks or any(line.label for line in panel.lines):
         axes.legend(fontsize=8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anneal import params
@@ -32,9 +32,18 @@ QUICK: dict[str, Any] = {
         "norm": {
             "name": "none",
             "position": "before",
-            "batch": {"momentum": 0.1, "eps": 1.0e-5, "affine": True, "ghost": None},
+            "batch": {
+                "momentum": 0.1,
+                "eps": 1.0e-5,
+                "affine": True,
+                "ghost": None,
+                "sync": False,
+                "frozen": False,
+                "recalibrate": {"when": "averaging", "images": 8192},
+            },
         },
         "convnet": {"widths": [16, 32], "depth": 1},
+        "start_from": {"path": None, "sha256": None, "freeze": 0.0, "unfreeze": "together"},
     },
     "init": {
         "name": "kaiming_normal",
@@ -58,6 +67,7 @@ QUICK: dict[str, Any] = {
         "microbatch": 32,
         "lr_scaling": "none",
         "reference_size": 32,
+        "sampling": "shuffle",
         "growth": {"at": [], "factor": 2},
         "noise_microbatches": 0,
     },
@@ -67,15 +77,25 @@ QUICK: dict[str, Any] = {
         "dropout": 0.0,
         "stochastic_depth": 0.0,
         "l1": 0.0,
-        "mixup": {"alpha": 0.0},
-        "cutmix": {"alpha": 0.0},
+        "mixup": {"alpha": 0.0, "probability": 1.0},
+        "cutmix": {"alpha": 0.0, "probability": 1.0},
+        "cutmix_share": 0.5,
+        "spatial_dropout": 0.0,
+        "l2": 0.0,
+        "max_norm": None,
+        "input_noise": 0.0,
+        "gradient_noise": {"std": 0.0, "decay": 0.55},
         "gradient_clip": None,
+        "gradient_clip_value": None,
+        "gradient_clip_adaptive": None,
     },
-    "averaging": {"name": "none"},
+    "averaging": {"name": "none", "export": "best"},
     # One thread: networks of this size are no faster on more, and the last bits depend on their number.
     "trainer": {
         "epochs": 8,
         "early_stopping": None,
+        "restore_best": True,
+        "evaluate_train": 0,
         "precision": "32-true",
         "threads": 1,
         "deterministic": True,
@@ -118,7 +138,10 @@ def base_recipe(values: Mapping[str, Any], study: Mapping[str, Any], *, current:
         quick = params.merge({**values, "seed": 0}, QUICK)
         quick["ensemble"] = {**quick["ensemble"], "members": {"study": {}}}
         return params.merge(quick, study)
-    kept = {key: value for key, value in study.items() if key in ("trainer", "batch")}
+    # Of a small data set's sizes nothing; of its length no more than the recipe's own.
+    kept = {"trainer": dict(study.get("trainer", {}))}
+    if "epochs" in kept["trainer"]:
+        kept["trainer"]["epochs"] = min(kept["trainer"]["epochs"], values["trainer"]["epochs"])
     if warmup := study.get("schedule", {}).get("warmup"):
         kept["schedule"] = {"warmup": warmup}
     recipe = params.merge(params.merge(values, CURRENT), kept)
@@ -160,3 +183,32 @@ def batch_sizes(recipe: Mapping[str, Any], num_train: int) -> list[int]:
 def sized(size: int) -> dict[str, Any]:
     """Return the overrides for a batch of ``size`` in one forward pass."""
     return {"batch": {"size": size, "microbatch": size}}
+
+
+IMAGES_ONLY: dict[str, Any] = {
+    "model.start_from.path": None,
+    "model.start_from.sha256": None,
+    "init.whiten_first": False,
+    "init.zero_last": False,
+    "regularization.spatial_dropout": 0.0,
+    "regularization.stochastic_depth": 0.0,
+}
+"""What no network of dense layers takes, and without it."""
+
+
+def dense(recipe: Mapping[str, Any], hidden: Sequence[int]) -> dict[str, Any]:
+    """Return the overrides for a network of dense layers, and without what the recipe has that none of them takes.
+
+    >>> dense({"init": {"whiten_first": True}}, [64, 64])
+    {'model': {'name': 'mlp', 'mlp': {'hidden': [64, 64]}}, 'init': {'whiten_first': False}}
+    """
+    overrides: dict[str, Any] = {"model": {"name": "mlp", "mlp": {"hidden": list(hidden)}}}
+    flat = params.flatten(recipe)
+    for key, without in IMAGES_ONLY.items():
+        if flat.get(key, without) != without:
+            *parents, name = key.split(".")
+            change: dict[str, Any] = {name: without}
+            for parent in reversed(parents):
+                change = {parent: change}
+            overrides = params.merge(overrides, change)
+    return overrides

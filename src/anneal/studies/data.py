@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import io
 import json
+import os
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +15,12 @@ from typing import Any
 
 from anneal import params
 from anneal.params import UserError
-from anneal.store import fresh_folder, open_store, write_text
+from anneal.store import finish, fresh_folder, open_store, write_text
 
 STUDIES_FOLDER = Path("studies")
 DATA = STUDIES_FOLDER / "data"
+NORMALIZED = STUDIES_FOLDER / "normalized"
+POLICIES = STUDIES_FOLDER / "policies"
 
 
 def digits_data(recipe: Mapping[str, Any]) -> tuple[Path, Path]:
@@ -77,6 +81,78 @@ def current_data() -> tuple[Path, Path]:
         if not path.exists():
             raise UserError(f"{path}: no such file; run `dvc repro augment` first, or leave --current out for digits")
     return store, augmented
+
+
+def normalized(store: Path, *, normalize: str, epsilon: float) -> Path:
+    """Return the folder of a store with the same images under another normalisation, made where it is missing.
+
+    It is what `preprocess` would have made with this normalisation, byte for byte, without decoding anything: links to
+    the images, and new statistics of the training split.
+
+    Parameters
+    ----------
+    store
+        Folder of the processed data set.
+    normalize, epsilon
+        Of ``preprocess``.
+
+    Raises
+    ------
+    UserError
+        Whitening of too many dimensions.
+    """
+    from anneal.preprocess import BLOCK_BYTES
+    from anneal.statistics import check_dimensions, fit_statistics
+
+    base = open_store(store)
+    info = base.info
+    check_dimensions(normalize, info.height, info.width, info.channels)
+    folder = NORMALIZED / f"{normalize}-{fingerprint([info.digest, epsilon])}"
+    if not folder.exists():
+        size = max(1, BLOCK_BYTES // (info.height * info.width * info.channels))
+        blocks = (images for images, _ in base.split("train").batches(size))
+        statistics = fit_statistics(normalize, blocks, epsilon=epsilon)
+        with fresh_folder(folder) as unfinished:
+            for split in info.counts:
+                shutil.copytree(store / split, unfinished / split, copy_function=_link)
+            finish(
+                unfinished,
+                classes=info.classes,
+                shape=(info.height, info.width, info.channels),
+                counts=info.counts,
+                normalize=normalize,
+                statistics=statistics,
+                fit=info.fit,
+                interpolation=info.interpolation,
+            )
+    return folder
+
+
+def _link(source: str, target: str) -> None:
+    """Link a file by its content, which stays when the store it came from is made anew; copy across file systems."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def policy_folder(policy: Any, store: Path) -> Path:
+    """Return a folder with the policy.json of a policy, compiled for the images of a data set.
+
+    Raises
+    ------
+    ParamsError
+        The policy cannot work on such images.
+    """
+    from anneal.augment import compile_policy, policy_to_json
+
+    info = open_store(store).info
+    text = policy_to_json(compile_policy(policy, height=info.height, width=info.width, channels=info.channels))
+    folder = POLICIES / fingerprint(text)
+    if not folder.exists():
+        with fresh_folder(folder) as unfinished:
+            write_text(unfinished / "policy.json", text)
+    return folder
 
 
 def fingerprint(values: Any) -> str:

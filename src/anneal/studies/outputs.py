@@ -75,8 +75,9 @@ def write_outputs(
     write_text(folder / "curves.csv", table(curves))
     write_text(folder / "conclusions.txt", "\n".join([study.question, "", *conclusions]) + "\n")
     seeds = len({result.seed for result in results})
+    networks = " and ".join(dict.fromkeys(job.recipe["model"]["name"] for job in jobs))
     title = (
-        f"{study.name}: {study.question}\n{data_name(base)}, {base['model']['name']}, validation split; "
+        f"{study.name}: {study.question}\n{data_name(base)}, {networks}, validation split; "
         f"mean of {seeds} seed{'s' * (seeds > 1)}" + (", band from lowest to highest" if seeds > 1 else "")
     )
     temporary = folder / "figure.png.tmp"

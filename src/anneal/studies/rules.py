@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from anneal.reporting.lines import Line, Panel
+from anneal.reporting.lines import Panel
 from anneal.studies.base import rate_of
 from anneal.studies.rates import outcome
 from anneal.studies.study import (
@@ -14,16 +14,18 @@ from anneal.studies.study import (
     Results,
     Study,
     against,
+    best_rate,
     by_seed,
     compared,
     differs,
+    edge,
     grouped,
-    mean_of,
     over_epochs,
     over_steps,
     rate_text,
     stated,
     where,
+    without_band,
 )
 
 # ---- schedule -------------------------------------------------------------------------------------------------------
@@ -61,18 +63,6 @@ def schedule_grid(recipe: Mapping[str, Any], _num_train: int) -> list[Point]:
     ]
 
 
-def best_peak(group: Results) -> float:
-    """Return the peak rate of the lowest mean validation loss."""
-    peaks = grouped(group, "lr")
-    return float(min(peaks, key=lambda lr: mean_of(peaks[lr])))
-
-
-def edge(group: Results) -> str:
-    """Say where the best peak is the highest or the lowest that was tried, beyond which may lie a better one."""
-    peaks, best = [float(r.at["lr"]) for r in group], best_peak(group)
-    return " (the highest tried)" if best == max(peaks) else " (the lowest tried)" if best == min(peaks) else ""
-
-
 def draw_schedule(results: Results) -> list[Panel]:
     """Draw the rates, the validation curves at each schedule's best peak, and the last loss against the peak."""
     ceiling = 1.5 * math.log(results[0].num_classes)
@@ -89,8 +79,8 @@ def draw_schedule(results: Results) -> list[Panel]:
         ),
         Panel(
             [
-                _without_band(
-                    over_epochs(where(group, lr=best_peak(group)), "val/loss", name, style=style, ceiling=ceiling)
+                without_band(
+                    over_epochs(where(group, lr=best_rate(group)), "val/loss", name, style=style, ceiling=ceiling)
                 )
                 for (name, group), style in shown
             ],
@@ -101,7 +91,7 @@ def draw_schedule(results: Results) -> list[Panel]:
         ),
         Panel(
             [
-                _without_band(
+                without_band(
                     against(group, "lr", lambda r: r.final("val/loss"), name, style="." + style, ceiling=ceiling)
                 )
                 for (name, group), style in shown
@@ -115,16 +105,12 @@ def draw_schedule(results: Results) -> list[Panel]:
     ]
 
 
-def _without_band(line: Line) -> Line:
-    return Line(line.label, line.x, line.y, style=line.style, colour=line.colour)
-
-
 def conclude_schedule(results: Results) -> list[str]:
     """Say what each schedule reached at its best peak, and against a constant rate."""
     groups = grouped(results, "schedule")
-    best = {name: where(group, lr=best_peak(group)) for name, group in groups.items()}
+    best = {name: where(group, lr=best_rate(group)) for name, group in groups.items()}
     lines = [
-        f"{name}: best peak {rate_text(best_peak(groups[name]))}{edge(groups[name])}, validation loss "
+        f"{name}: best peak {rate_text(best_rate(groups[name]))}{edge(groups[name])}, validation loss "
         f"{stated([r.final('val/loss') for r in runs])}, accuracy {stated([r.final('val/accuracy') for r in runs])}"
         for name, runs in best.items()
     ]

@@ -12,18 +12,18 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anneal import params, tracking
 from anneal.conflicts import check_recipe
-from anneal.params import UserError
+from anneal.params import ParamsError, UserError
 from anneal.recipe import Recipe, validate
 from anneal.store import open_store, write_json
 from anneal.studies.base import base_recipe
 from anneal.studies.catalog import cost
-from anneal.studies.data import DATA, STUDIES_FOLDER, current_data, digits_data, fingerprint
+from anneal.studies.data import DATA, STUDIES_FOLDER, current_data, digits_data, fingerprint, normalized, policy_folder
 from anneal.studies.outputs import describe, summary, track, write_outputs
 from anneal.studies.study import Job, Point, Result, Study, varied
 
@@ -44,7 +44,7 @@ TRAINING = (
 )
 """Sections that `fit` takes."""
 
-TRACKED = ("seed", *TRAINING[:-1])
+TRACKED = ("seed", "preprocess", "augment", *TRAINING[:-1])
 """Sections that decide what a run does."""
 
 APART = ("studies", "reporting", "tracking.py", "cli.py", "serving.py", "pyfunc.py", "recipe.py", "conflicts.py")
@@ -92,7 +92,7 @@ def run_study(
     base = base_recipe(values, study.base, current=current)
     store, augmented = current_data() if current else digits_data(base)
     info = open_store(store).info
-    points = study.grid(base, info.counts["train"])
+    points = possible(base, study.grid(base, info.counts["train"]), store, info.counts["train"])
     made_of = [info.digest, (augmented / "policy.json").read_text(encoding="utf-8"), code_digest()]
     jobs = plan_jobs(base, points, seeds, made_of, info.counts["train"])
     folder = STUDIES_FOLDER / (f"{study.name}-current" if current else study.name)
@@ -100,7 +100,7 @@ def run_study(
         shutil.rmtree(folder, ignore_errors=True)
     runs_key = fingerprint([study.name, sorted({job.key for job in jobs})])
     with tracking.study_run(base, study.name, key=runs_key) as tracked:
-        results = run_jobs(study.name, jobs, folder / "runs", store, augmented, tracked)
+        results = run_jobs(study, jobs, folder / "runs", store, augmented, tracked)
         conclusions = study.conclude(results)
         write_outputs(study, folder, jobs, results, conclusions, base)
         for name in ("figure.png", "results.csv", "curves.csv", "conclusions.txt"):
@@ -108,6 +108,35 @@ def run_study(
         tracked.metrics(summary(results))
         tracked.describe(describe(study, conclusions, current=current, seeds=seeds))
     return conclusions
+
+
+def possible(base: Mapping[str, Any], points: Sequence[Point], store: Path, num_train: int) -> list[Point]:
+    """Return the points without those optional ones that the recipe or the data refuses, which are named on the terminal."""
+    found = []
+    for point in points:
+        try:
+            if point.optional:
+                recipe = checked_recipe(base, point, num_train)
+                if "augment" in point.overrides:
+                    policy_folder(recipe["augment"]["policy"], store)
+            found.append(point)
+        except ParamsError as error:
+            print(f"{point.label}: left out; {str(error).splitlines()[0]}", file=sys.stderr)
+    return found
+
+
+def checked_recipe(base: Mapping[str, Any], point: Point, num_train: int) -> dict[str, Any]:
+    """Return the whole params of a point.
+
+    Raises
+    ------
+    ParamsError
+        They do not validate.
+    """
+    recipe = params.merge(base, point.overrides)
+    checked = validate(recipe)
+    check_recipe(num_train=num_train, **{name: getattr(checked, name) for name in (*TRAINING, "preprocess")})
+    return recipe
 
 
 def plan_jobs(
@@ -120,37 +149,25 @@ def plan_jobs(
     ParamsError
         The recipe of a point does not validate.
     """
-    together = (
-        "model",
-        "init",
-        "optimizer",
-        "schedule",
-        "batch",
-        "regularization",
-        "trainer",
-        "preprocess",
-        "hardware",
-    )
     jobs = []
     for point in points:
-        recipe = params.merge(base, point.overrides)
-        checked = validate(recipe)
-        check_recipe(num_train=num_train, **{name: getattr(checked, name) for name in together})
+        recipe = checked_recipe(base, point, num_train)
         for seed in range(base["seed"], base["seed"] + seeds):
             seeded = {**recipe, "seed": seed}
-            key = fingerprint([{name: seeded[name] for name in TRACKED}, *made_of])
+            asked = [dict(point.asks)] if point.asks else []
+            key = fingerprint([{name: seeded[name] for name in TRACKED}, *made_of, *asked])
             jobs.append(Job(point, seeded, key))
     return jobs
 
 
 def run_jobs(
-    name: str, jobs: Sequence[Job], folder: Path, store: Path, augmented: Path, tracked: tracking.Run
+    study: Study, jobs: Sequence[Job], folder: Path, store: Path, augmented: Path, tracked: tracking.Run
 ) -> list[Result]:
     """Return a result a job, each from its file in ``folder``, or run now and written there."""
     info = open_store(store).info
     known = {job.key: kept for job in jobs if (kept := read_run(folder / f"{job.key}.json")) is not None}
     costs = {job.key: cost(job.recipe, info.counts["train"]) for job in jobs if job.key not in known}
-    status = Status(name, costs, timed=store.parent == DATA)
+    status = Status(study.name, costs, timed=store.parent == DATA)
     status.begin(len(known))
     if costs:
         import anneal.training.fit  # noqa: F401  # seconds that belong to no run
@@ -159,7 +176,7 @@ def run_jobs(
     for job in jobs:
         if job.key not in known:
             with status.run(job):
-                known[job.key] = one_run(job.recipe, store, augmented)
+                known[job.key] = one_run(job, store_for(job, store), policy_for(job, store, augmented), study.ask)
             write_json(folder / f"{job.key}.json", known[job.key])
         kept = known[job.key]
         result = as_result(job, kept, len(info.classes))
@@ -169,6 +186,28 @@ def run_jobs(
         told.add(job.key)
     status.close()
     return results
+
+
+def policy_for(job: Job, store: Path, augmented: Path) -> Path:
+    """Return the folder of a job's policy: the study's, or another where the point asks for one."""
+    if "augment" not in job.point.overrides:
+        return augmented
+    return policy_folder(job.recipe["augment"]["policy"], store)
+
+
+def store_for(job: Job, store: Path) -> Path:
+    """Return the folder of a job's data: the study's, under another normalisation where the point asks for one.
+
+    Raises
+    ------
+    UserError
+        Whitening of too many dimensions.
+    """
+    if "preprocess" not in job.point.overrides:
+        return store
+    assert set(job.point.overrides["preprocess"]) <= {"normalize", "epsilon"}, "a study varies no stored image"
+    section = job.recipe["preprocess"]
+    return normalized(store, normalize=section["normalize"], epsilon=section["epsilon"])
 
 
 class Status:
@@ -242,17 +281,21 @@ def clock(seconds: float) -> str:
     return f"{minutes}:{rest:02}"
 
 
-def one_run(recipe: Mapping[str, Any], store: Path, augmented: Path) -> dict[str, Any]:
-    """Train once, into a folder that is then thrown away, and return what was seen, as plain values.
+Ask = Callable[[Job, Path, Path], dict[str, Any]]
+
+
+def one_run(job: Job, store: Path, augmented: Path, ask: Ask | None = None) -> dict[str, Any]:
+    """Train once, into a folder that is then thrown away, and return what was seen and answered, as plain values.
 
     A run that diverged is a result, with what it did until then.
     """
     from anneal.studies.recorder import Recorder
     from anneal.training.fit import fit
 
-    sections = Recipe.model_validate(recipe)
+    sections = Recipe.model_validate(job.recipe)
     recorder = Recorder()
     stopped, began = "", time.time_ns() // 1_000_000
+    answers: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch, hidden():
         try:
             fit(
@@ -260,7 +303,7 @@ def one_run(recipe: Mapping[str, Any], store: Path, augmented: Path) -> dict[str
                 store=store,
                 augmented=augmented,
                 out=Path(scratch) / "member",
-                seed=recipe["seed"],
+                seed=job.recipe["seed"],
                 callbacks=(recorder,),
                 **{name: getattr(sections, name) for name in TRAINING},
             )
@@ -268,7 +311,9 @@ def one_run(recipe: Mapping[str, Any], store: Path, augmented: Path) -> dict[str
             if not str(error).startswith("training diverged"):
                 raise
             stopped = str(error)
-    return recorded(recorder, stopped, began)
+        if ask is not None and job.point.asks and not stopped:
+            answers = ask(job, Path(scratch) / "member", store)
+    return {"answers": answers} | recorded(recorder, stopped, began)
 
 
 def recorded(recorder: Recorder, stopped: str, began: int) -> dict[str, Any]:
@@ -304,7 +349,16 @@ def as_result(job: Job, kept: Mapping[str, Any], num_classes: int) -> Result:
     """Return a run as the study sees it."""
     steps = [(int(step), float(rate), float(loss)) for step, rate, loss in kept["steps"]]
     speed = kept["images_per_second"]
-    return Result(job.point, job.recipe["seed"], kept["epochs"], steps, num_classes, kept["stopped"], speed)
+    return Result(
+        job.point,
+        job.recipe["seed"],
+        kept["epochs"],
+        steps,
+        num_classes,
+        kept["stopped"],
+        speed,
+        kept.get("answers", {}),
+    )
 
 
 def code_digest() -> str:
@@ -312,6 +366,6 @@ def code_digest() -> str:
     root = Path(__file__).resolve().parents[1]
     paths = [path for path in sorted(root.rglob("*.py")) if path.relative_to(root).parts[0] not in APART]
     digest = hashlib.sha256()
-    for path in [*paths, Path(__file__).with_name("recorder.py")]:
+    for path in [*paths, *(Path(__file__).with_name(name) for name in ("recorder.py", "label_change.py"))]:
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]

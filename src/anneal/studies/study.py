@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from anneal import params
+from anneal.reporting.heat_maps import HeatMap
 from anneal.reporting.lines import Line, Panel
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -27,11 +29,17 @@ class Point:
         What it changes of the study's recipe, as nested params.
     at
         Its coordinates, for drawing and for the table: name to number or text.
+    optional
+        Leave it out, and say so, where the recipe or the data refuses it; otherwise that ends the study.
+    asks
+        What `Study.ask` asks the trained network, plain values.
     """
 
     label: str
     overrides: Mapping[str, Any]
     at: Mapping[str, Any] = field(default_factory=dict)
+    optional: bool = False
+    asks: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,8 @@ class Result:
         Why the run ended early, empty where it did not.
     images_per_second
         Of training alone; None where too little was trained to say.
+    answers
+        Of the trained network to what the point asks; empty where that is nothing, or the run was stopped.
     """
 
     point: Point
@@ -82,6 +92,7 @@ class Result:
     num_classes: int
     stopped: str = ""
     images_per_second: float | None = None
+    answers: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def at(self) -> Mapping[str, Any]:
@@ -136,14 +147,17 @@ class Study:
         Results to lines that say what they show.
     base
         What it changes of the base recipe for all its points.
+    ask
+        Run of a point with `Point.asks`, folder of the trained member and of its data to plain values for `Result.answers`.
     """
 
     name: str
     question: str
     grid: Callable[[Mapping[str, Any], int], list[Point]]
-    draw: Callable[[Results], list[Panel]]
+    draw: Callable[[Results], Sequence[Panel | HeatMap]]
     conclude: Callable[[Results], list[str]]
     base: Mapping[str, Any] = field(default_factory=dict)
+    ask: Callable[[Job, Path, Path], dict[str, Any]] | None = None
 
 
 # ---- groups and means -----------------------------------------------------------------------------------------------
@@ -225,12 +239,29 @@ def compared(first: Results, second: Results) -> str:
     )
 
 
+def learned(result: Result, share: float = 0.5) -> bool:
+    """Say whether the training loss of the last epoch is at most ``share`` of a guess's, the logarithm of the classes."""
+    return result.final("train/loss") <= share * math.log(result.num_classes)
+
+
 def by_seed(results: Results, name: str = "val/loss") -> dict[int, float]:
     """Return a figure of the last epoch by seed."""
     return {result.seed: result.final(name) for result in results}
 
 
-# ---- lines ----------------------------------------------------------------------------------------------------------
+def best_rate(results: Results) -> float:
+    """Return the rate of the lowest mean validation loss."""
+    rates = grouped(results, "lr")
+    return float(min(rates, key=lambda lr: mean_of(rates[lr])))
+
+
+def edge(results: Results) -> str:
+    """Say where the best rate is the highest or the lowest that was tried, beyond which may lie a better one."""
+    rates, best = [float(r.at["lr"]) for r in results], best_rate(results)
+    return " (the highest tried)" if best == max(rates) else " (the lowest tried)" if best == min(rates) else ""
+
+
+# ---- lines and maps -------------------------------------------------------------------------------------------------
 
 
 def against(
@@ -301,6 +332,34 @@ def _over(series: Sequence[Mapping[int, float]], label: str, style: str, colour:
     )
 
 
+def without_band(line: Line) -> Line:
+    """Return a line alone, where the bands of many would hide each other."""
+    return Line(line.label, line.x, line.y, style=line.style, colour=line.colour)
+
+
+def mean_accuracy(results: Results) -> float:
+    """Return the mean training accuracy of the last epoch; a run that was stopped counts as 0, no run at all as NaN."""
+    found = [result.final("train/accuracy") for result in results]
+    return fmean(0.0 if math.isnan(accuracy) else accuracy for accuracy in found) if found else math.nan
+
+
+def accuracy_map(
+    results: Results, rows: str, columns: str, title: str, x_label: str = "", y_label: str = ""
+) -> HeatMap:
+    """Return the mean training accuracy of the last epoch over two coordinates; bold where every run learned."""
+    down, across = list(grouped(results, rows)), list(grouped(results, columns))
+    cells = [[where(results, **{rows: i, columns: j}) for j in across] for i in down]
+    return HeatMap(
+        [[mean_accuracy(cell) for cell in row] for row in cells],
+        [rate_text(i) if isinstance(i, float) else str(i) for i in down],
+        [rate_text(j) if isinstance(j, float) else str(j) for j in across],
+        title,
+        x_label,
+        y_label,
+        marked=[[all(map(learned, cell)) for cell in row] for row in cells],
+    )
+
+
 def rate_text(rate: float) -> str:
     """Return a rate in two digits.
 
@@ -308,3 +367,45 @@ def rate_text(rate: float) -> str:
     ('0.016', '3')
     """
     return f"{rate:.2g}"
+
+
+def spread_panel(groups: Mapping[str, Sequence[float]], title: str, x_label: str) -> Panel:
+    """Return a row a group: the mean over seeds as a point, a line from the lowest seed to the highest.
+
+    The mean of the first group, which the others are measured by, is marked.
+    """
+    rows: dict[str, tuple[float, float, float] | None] = {}
+    for name, values in groups.items():
+        finite = [value for value in values if math.isfinite(value)]
+        rows[name] = (fmean(finite), min(finite), max(finite)) if finite else None
+    name, row = next(iter(rows.items()))
+    marks = {name: row[0]} if row else {}
+    return _rows(rows, title, x_label, "lowest to highest", marks)
+
+
+def change_panel(
+    groups: Mapping[str, tuple[Mapping[int, float], Mapping[int, float]]], title: str, x_label: str
+) -> Panel:
+    """Return a row a group: the mean difference of two settings by seed as a point, its 95 % interval as a line."""
+    rows = {}
+    for name, (first, second) in groups.items():
+        values = [first[seed] - second[seed] for seed in first if seed in second]
+        values = [value for value in values if math.isfinite(value)]
+        half = half_width(values) if len(values) > 1 else 0.0
+        rows[name] = (fmean(values), fmean(values) - half, fmean(values) + half) if values else None
+    return _rows(rows, title, x_label, "95 % interval", {"no change": 0.0})
+
+
+def _rows(
+    rows: Mapping[str, tuple[float, float, float] | None],
+    title: str,
+    x_label: str,
+    label: str,
+    marks: Mapping[str, float],
+) -> Panel:
+    lines: list[Line] = []
+    for i, row in enumerate(rows.values()):
+        if row is not None:
+            lines.append(Line("" if lines else label, [row[1], row[2]], [i, i], colour=0))
+            lines.append(Line("", [row[0]], [i], style=".", colour=0))
+    return Panel(lines, title, x_label, marks=marks, y_names=list(rows))

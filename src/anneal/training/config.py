@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -12,17 +12,43 @@ from anneal.params import Strict
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
-class LossConfig(Strict):
-    """Section ``loss``."""
+Share = Annotated[float, Field(ge=0, le=1)]
+AtLeastZero = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
 
-    name: Literal["cross_entropy"]
+
+class FocalConfig(Strict):
+    """``loss.focal``: Lin et al. 2017."""
+
+    gamma: AtLeastZero
+
+
+class LossConfig(Strict):
+    """Section ``loss``: what is minimised, and one block of arguments for each choice that takes any."""
+
+    name: Literal["cross_entropy", "focal", "binary_cross_entropy"]
     class_weights: Literal["none", "balanced"]
+    focal: FocalConfig
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the loss, plain values."""
+        block = getattr(self, self.name, None)
+        return {} if block is None else block.model_dump()
 
 
 class MixConfig(Strict):
-    """``regularization.mixup`` and ``cutmix``: ``alpha`` of the Beta distribution, 0 for off."""
+    """``regularization.mixup`` and ``cutmix``: ``alpha`` of the Beta distribution, 0 for off; chance of a microbatch."""
 
-    alpha: Annotated[float, Field(ge=0)]
+    alpha: AtLeastZero
+    probability: Share
+
+
+class GradientNoiseConfig(Strict):
+    """``regularization.gradient_noise``: Neelakantan et al. 2015."""
+
+    std: AtLeastZero
+    decay: AtLeastZero
 
 
 class RegularizationConfig(Strict):
@@ -30,17 +56,67 @@ class RegularizationConfig(Strict):
 
     label_smoothing: Probability
     dropout: Probability
+    spatial_dropout: Probability
     stochastic_depth: Probability
-    l1: Annotated[float, Field(ge=0)]
+    l1: AtLeastZero
+    l2: AtLeastZero
+    max_norm: Positive | None
     mixup: MixConfig
     cutmix: MixConfig
-    gradient_clip: Annotated[float, Field(gt=0)] | None
+    cutmix_share: Share
+    input_noise: AtLeastZero
+    gradient_noise: GradientNoiseConfig
+    gradient_clip: Positive | None
+    gradient_clip_value: Positive | None
+    gradient_clip_adaptive: Positive | None
+
+
+Start = Annotated[
+    float, Field(ge=0, lt=1, json_schema_extra={"allowed": "a fraction of the run, 0 or more and below 1"})
+]
+
+
+class EMAConfig(Strict):
+    """``averaging.ema``: exponential moving average over optimizer steps."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)]
+    warmup: bool
+
+
+class SWAConfig(Strict):
+    """``averaging.swa``: Izmailov et al. 2018; ``lr`` and ``low`` as factors of the peak rate."""
+
+    start: Start
+    lr: Positive | None
+    cycle: Annotated[int, Field(ge=1)]
+    low: Annotated[float, Field(gt=0, le=1)]
+
+
+class PolyakConfig(Strict):
+    """``averaging.polyak``: plain mean over optimizer steps (Polyak & Juditsky 1992)."""
+
+    start: Start
 
 
 class AveragingConfig(Strict):
-    """Section ``averaging``: average of the weights over steps."""
+    """Section ``averaging``: mean of the weights along the run, and one block of arguments for each choice."""
 
-    name: Literal["none"]
+    name: Literal["none", "ema", "swa", "polyak"]
+    export: Literal["best", "raw", "average"]
+    ema: EMAConfig
+    swa: SWAConfig
+    polyak: PolyakConfig
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the average, plain values."""
+        block = getattr(self, self.name, None)
+        return {} if block is None else block.model_dump()
+
+    @property
+    def swa_rate(self) -> dict[str, Any] | None:
+        """Block ``swa``, plain values, where it is on and sets the rate from its start on."""
+        return self.swa.model_dump() if self.name == "swa" and self.swa.lr is not None else None
 
 
 class EarlyStoppingConfig(Strict):
@@ -55,6 +131,8 @@ class TrainerConfig(Strict):
 
     epochs: Annotated[int, Field(ge=1)]
     early_stopping: EarlyStoppingConfig | None
+    restore_best: bool
+    evaluate_train: Annotated[int, Field(ge=0)]
     precision: Literal["32-true", "bf16-mixed", "16-mixed"]
     threads: Annotated[int, Field(ge=1)] | Literal["auto"]
     deterministic: bool | Literal["warn"]

@@ -72,12 +72,15 @@ class MicrobatchDataset(Dataset[Batch]):
         Compiled augmentation, or None.
     seed
         Of the augmentation, which is drawn from (seed, "augment", epoch, microbatch) in whichever process fetches.
+    sampling
+        ``shuffle``: an epoch has each sample once; ``balanced``: each class as often.
     """
 
-    def __init__(self, splits: list[Split], policy: Any, seed: int) -> None:
+    def __init__(self, splits: list[Split], policy: Any, seed: int, sampling: str = "shuffle") -> None:
         self.splits = splits
         self.policy = policy
         self.seed = seed
+        self.balanced = sampling == "balanced"
         self.labels: Labels = np.concatenate([split.labels for split in splits])
         self.first = len(splits[0])
 
@@ -150,7 +153,8 @@ class StoreDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of this process's microbatches."""
         assert self.trainer is not None
-        sampler = MicrobatchSampler(self.plan, self.seed, self.trainer.global_rank)
+        labels = self.train.labels if self.train.balanced else None
+        sampler = MicrobatchSampler(self.plan, self.seed, self.trainer.global_rank, labels)
         sampler.set_epoch(self.trainer.current_epoch)
         workers = self.num_workers
         if isinstance(workers, str):
@@ -178,7 +182,9 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def training_set(store_path: Path, augmented: Path, seed: int) -> tuple[Store, MicrobatchDataset, list[str]]:
+def training_set(
+    store_path: Path, augmented: Path, seed: int, sampling: str = "shuffle"
+) -> tuple[Store, MicrobatchDataset, list[str]]:
     """Open what a member trains on.
 
     Parameters
@@ -189,6 +195,8 @@ def training_set(store_path: Path, augmented: Path, seed: int) -> tuple[Store, M
         Folder of ``policy.json`` and, where minority classes got copies, ``extra/``.
     seed
         Of the augmentation.
+    sampling
+        ``batch.sampling``.
 
     Returns
     -------
@@ -209,7 +217,7 @@ def training_set(store_path: Path, augmented: Path, seed: int) -> tuple[Store, M
     except FileNotFoundError:
         raise UserError(f"{augmented}: no policy.json here; run `dvc repro augment` first") from None
     names = transform_names(policy)
-    return store, MicrobatchDataset(splits, policy if names else None, seed), names
+    return store, MicrobatchDataset(splits, policy if names else None, seed, sampling), names
 
 
 def workers_that_pay(

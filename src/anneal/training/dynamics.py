@@ -41,6 +41,8 @@ class Layer:
         Of the gradient behind the step, before clipping.
     update_ratio
         Norm of the update over `weight_norm`; None in epoch 0 and where all weights were 0.
+    norm_gap, norm_variance_gap, small_scales
+        Of a batch norm layer at the end of the epoch; see `anneal.training.norm_health.NormHealth`.
     """
 
     epoch: int
@@ -49,6 +51,9 @@ class Layer:
     weight_norm: float
     grad_norm: float
     update_ratio: float | None
+    norm_gap: float | None = None
+    norm_variance_gap: float | None = None
+    small_scales: float | None = None
 
 
 # ---- the effective rate ---------------------------------------------------------------------------------------------

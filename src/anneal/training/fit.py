@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,16 @@ from anneal.models.build import count_macs, count_parameters
 from anneal.models.config import InitConfig, ModelConfig
 from anneal.models.initial_statistics import LayerStatistics, findings, initial_statistics
 from anneal.optimizers.config import OptimizerConfig
-from anneal.params import ParamsError
 from anneal.schedules import ScheduleConfig
 from anneal.store import fresh_folder, write_json, write_text
-from anneal.training.best import BestWeights
+from anneal.training.averaging import Averaging
+from anneal.training.best import BestWeights, exported
 from anneal.training.config import (
     AveragingConfig,
     HardwareConfig,
     LossConfig,
     RegularizationConfig,
     TrainerConfig,
-    rate_faults,
 )
 from anneal.training.dynamics import Dynamics
 from anneal.training.history import Epoch, History, Steps, as_csv
@@ -36,8 +36,11 @@ from anneal.training.lr_curve import LRRange
 from anneal.training.lr_range import found_rate, is_first_process, lr_range
 from anneal.training.machine import global_settings, interruptible, quiet
 from anneal.training.noise_scale import NoiseScale
+from anneal.training.norm_health import MeasureNorms, sample_size
 from anneal.training.progress import Progress
+from anneal.training.recalibrate import Recalibration, recalibration_batches
 from anneal.training.setup import first_batch, set_up
+from anneal.training.train_evaluation import TrainEvaluation, images_to_evaluate, measured_on
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,16 @@ class FitResult:
         history.csv.
     best_epoch
         Whose weights were exported, from 1.
+    weights
+        Which were: ``raw``, or the name of their average.
     peak_rate
         Learning rate at factor 1 of the schedule.
     range_test
         What found it; None where params.yaml gave a number, and in all processes but the first.
     initial, initial_findings
         Activations and gradients of each layer on one batch before the first step, and what is wrong with them.
+    measured_on
+        What its training and validation figures are measured on, in words.
     threads
         CPU threads of each process, which decide the last bits of a result.
     devices
@@ -72,10 +79,12 @@ class FitResult:
 
     rows: list[Epoch]
     best_epoch: int
+    weights: str
     peak_rate: float
     range_test: LRRange | None
     initial: list[LayerStatistics]
     initial_findings: list[str]
+    measured_on: str
     threads: int
     devices: int
     accelerator: str
@@ -108,7 +117,7 @@ def fit(
     batch: BatchConfig,
     loss: LossConfig,
     regularization: RegularizationConfig,
-    averaging: AveragingConfig,  # noqa: ARG001
+    averaging: AveragingConfig,
     trainer: TrainerConfig,
     hardware: HardwareConfig,
     log: Write | None = None,
@@ -117,7 +126,9 @@ def fit(
     """Train a member and write ``weights.safetensors``, ``model.json``, ``history.csv``, ``steps.csv``, ``layers.csv``.
 
     The weights are those of the epoch with the highest validation accuracy; among equals the lower validation loss wins,
-    then the earlier epoch. All files are a function of the data, the sections and the seed (and in the last bits
+    then the earlier epoch; where ``trainer.restore_best`` is false they are those of the last. An average of the weights is
+    written to ``averages/<name>.safetensors`` by the same rule, and ``averaging.export`` says which of the two is exported.
+    All files are a function of the data, the sections and the seed (and in the last bits
     of the CPU threads and the processor); ``hardware`` has no part in them beyond rounding.
 
     Parameters
@@ -150,8 +161,6 @@ def fit(
         Stopped by Ctrl-C or SIGTERM; nothing was written.
     """
     rate_key = f"optimizer.{optimizer.name}.lr of member {name}"
-    if faults := rate_faults(optimizer.name, optimizer.arguments["lr"], batch.lr_scaling):
-        raise ParamsError(faults)
     inputs: dict[str, Any] = {
         "store": store,
         "augmented": augmented,
@@ -163,6 +172,7 @@ def fit(
         "batch": batch,
         "loss": loss,
         "regularization": regularization,
+        "averaging": averaging,
         "trainer": trainer,
         "hardware": hardware,
     }
@@ -186,13 +196,37 @@ def fit(
     if is_first_process():
         for finding in initial_findings:
             print(f"{name}: warning: {finding}", file=sys.stderr, flush=True)
-    history, best = History(), BestWeights()
+    history, best = History(), BestWeights(restore_best=trainer.restore_best)
     steps, dynamics = Steps(setup.plan.total_steps), Dynamics()
-    own: list[pl.Callback] = [history, best, steps, dynamics, Progress(name, setup.plan), *callbacks]
+    measured = first_batch(setup.store, seed, most=sample_size(len(setup.train), batch.microbatch))[0]
+    norms = MeasureNorms(measured)
+    own: list[pl.Callback] = [norms, history, best, steps, dynamics, Progress(name, setup.plan), *callbacks]
+    statistics = model.norm.batch.recalibrate
+    if statistics.when == "always":
+        # Once norms are measured, and before anything is evaluated.
+        own.insert(1, Recalibration(setup.store, seed=seed, images=statistics.images, microbatch=batch.microbatch))
+    average: Averaging | None = None
+    if averaging.name != "none":
+        average = Averaging(
+            averaging.name,
+            averaging.arguments,
+            epoch_steps=setup.plan.epoch_steps,
+            restore_best=trainer.restore_best,
+            calibration=None
+            if statistics.when == "never"
+            else partial(recalibration_batches, setup.store, seed, statistics.images, batch.microbatch),
+        )
+        own.append(average)
     if batch.noise_microbatches:
         own.append(
             NoiseScale(setup.train, num_microbatches=batch.noise_microbatches, microbatch=batch.microbatch, seed=seed)
         )
+    train_split = setup.store.split("train")
+    evaluated = images_to_evaluate(
+        trainer.evaluate_train, num_train=len(train_split), num_val=len(setup.store.split("val"))
+    )
+    if evaluated:
+        own.append(TrainEvaluation(train_split, size=evaluated, seed=seed))
     if trainer.early_stopping is not None:
         stopping = trainer.early_stopping
         own.append(
@@ -201,6 +235,10 @@ def fit(
     with quiet(), interruptible(), global_settings():
         runner = setup.trainer(own, logger=FunctionLogger(log) if log is not None else False)
         runner.fit(module, datamodule=setup.data_module())
+    averaged = average.kept if average is not None else None
+    chosen = exported(best.kept, averaged, averaging.export)
+    kept = averaged if averaged is not None and chosen == "average" else best.kept
+    weights = averaging.name if kept is averaged else "raw"
     if runner.is_global_zero:
         values = {
             "architecture": setup.architecture,
@@ -209,24 +247,35 @@ def fit(
             "preprocessing": {"size": info.height, "fit": info.fit, "interpolation": info.interpolation},
             "num_parameters": count_parameters(network),
             "macs": macs,
-            "best_epoch": best.epoch,
+            "weights": weights,
+            "best_epoch": kept.epoch,
             "lr": module.peak_rate,
             "augmentation": setup.transforms,
         }
         tables: dict[str, Sequence[Any]] = {
             "history.csv": history.rows,
             "steps.csv": steps.rows,
-            "layers.csv": dynamics.rows,
+            "layers.csv": norms.into(dynamics.rows),
             "initial.csv": initial,
         }
-        write_member(out, best.weights, values, tables)
+        averages: dict[str, Any] = {averaging.name: averaged.weights} if averaged is not None and averaged.epoch else {}
+        write_member(out, kept.weights, values, tables, averages)
     return FitResult(
         rows=history.rows,
-        best_epoch=best.epoch,
+        best_epoch=kept.epoch,
+        weights=weights,
         peak_rate=module.peak_rate,
         range_test=range_test,
         initial=initial,
         initial_findings=initial_findings,
+        measured_on=measured_on(
+            transforms=setup.transforms,
+            model=model,
+            regularization=regularization,
+            loss=loss,
+            sampling=batch.sampling,
+            images=evaluated,
+        ),
         threads=setup.threads,
         devices=setup.devices,
         accelerator=setup.accelerator,
@@ -237,14 +286,21 @@ def fit(
 
 
 def write_member(
-    out: Path, weights: dict[str, torch.Tensor], model: dict[str, Any], tables: Mapping[str, Sequence[Any]]
+    out: Path,
+    weights: dict[str, torch.Tensor],
+    model: dict[str, Any],
+    tables: Mapping[str, Sequence[Any]],
+    averages: Mapping[str, dict[str, torch.Tensor]],
 ) -> None:
-    """Write the files of a member, ``tables`` by file name; the folder appears once all are whole."""
+    """Write the files of a member, ``tables`` by file name and ``averages`` by kind; the folder appears once all are whole."""
     from safetensors.torch import save
 
     with fresh_folder(out) as folder:
         # Not save_file, which makes a file that only its owner may read.
         (folder / "weights.safetensors").write_bytes(save(weights))
+        for kind, average in averages.items():
+            (folder / "averages").mkdir(exist_ok=True)
+            (folder / "averages" / f"{kind}.safetensors").write_bytes(save(average))
         write_json(folder / "model.json", model)
         for name, rows in tables.items():
             write_text(folder / name, as_csv(rows))

@@ -28,7 +28,7 @@ class Epoch:
         Learning rate of its last step.
     train_loss, train_accuracy
         Means over its training samples, as they were trained on: augmented, mixed, label-smoothed, with dropout, while
-        the weights were changing. Without the L1 penalty.
+        the weights were changing. Without the L1 and L2 penalties.
     val_loss, val_accuracy
         Plain cross entropy and accuracy of the validation split at its end.
     grad_norm
@@ -44,6 +44,16 @@ class Epoch:
         multiplies a gradient by.
     noise_scale
         Gradient noise scale at its end, in samples (McCandlish et al. 2018).
+
+    train_eval_loss, train_eval_accuracy
+        Plain cross entropy and accuracy of a fixed sample of the training split at its end, as it is stored: without
+        augmentation, mixing or dropout, by the same weights as ``val_loss``, and so to be compared with it.
+    val_average_loss, val_average_accuracy
+        As ``val_loss`` and ``val_accuracy``, by the averaged weights.
+    norm_gap
+        Median over batch norm layers of the distance between running and batch statistics, in standard deviations.
+    norm_small_scales
+        Share of the scales of batch norm layers that are nearly zero.
 
     What was not measured, or does not exist, is None: an empty cell.
     """
@@ -63,6 +73,12 @@ class Epoch:
     rate_median: float | None = None
     rate_high: float | None = None
     noise_scale: float | None = None
+    train_eval_loss: float | None = None
+    train_eval_accuracy: float | None = None
+    val_average_loss: float | None = None
+    val_average_accuracy: float | None = None
+    norm_gap: float | None = None
+    norm_small_scales: float | None = None
 
 
 COLUMNS = [field.name for field in fields(Epoch)]
@@ -90,7 +106,7 @@ class Step:
     step
         Optimizer steps made by its end, from 1.
     loss
-        Mean over the samples of its whole window, on all devices, as they were trained on; without the L1 penalty.
+        Mean over the samples of its whole window, on all devices, as they were trained on; without the L1 and L2 penalties.
     lr
         Its learning rate.
     grad_norm

@@ -19,7 +19,7 @@ from anneal.models.config import InitConfig, ModelConfig
 from anneal.optimizers.config import NO_RATE, OptimizerConfig
 from anneal.params import UserError
 from anneal.schedules import ScheduleConfig
-from anneal.training.config import HardwareConfig, LossConfig, RegularizationConfig, TrainerConfig
+from anneal.training.config import AveragingConfig, HardwareConfig, LossConfig, RegularizationConfig, TrainerConfig
 from anneal.training.lr_curve import LRRange, exponential_rates, read_curve, smoothing_weight
 from anneal.training.machine import global_settings, interruptible, quiet
 from anneal.training.module import Diverged, TrainingModule
@@ -55,6 +55,7 @@ def lr_range(
     batch: BatchConfig,
     loss: LossConfig,
     regularization: RegularizationConfig,
+    averaging: AveragingConfig,
     trainer: TrainerConfig,
     hardware: HardwareConfig,
     start: float = START,
@@ -74,7 +75,7 @@ def lr_range(
     ----------
     name
         Of the member, for progress lines.
-    store, augmented, seed, model, init, optimizer, schedule, batch, loss, regularization, trainer, hardware
+    store, augmented, seed, model, init, optimizer, schedule, batch, loss, regularization, averaging, trainer, hardware
         As for `anneal.training.fit.fit`; the optimizer's ``lr`` and the batch's ``lr_scaling`` have no part in it.
     start, stop
         Lowest and highest rate, 0 < start < stop.
@@ -114,9 +115,12 @@ def lr_range(
                 ),
                 loss=loss,
                 regularization=regularization,
+                averaging=averaging,
                 trainer=trainer,
                 hardware=hardware.model_copy(update={"devices": 1, "num_nodes": 1}),
             )
+            if setup.module.freezing is not None and setup.module.freezing.wakes:
+                setup.module.freezing = None  # the rate is that of the layers that learn in the end
             setup.module.factor_at = lambda step, losses: rates[step]  # noqa: ARG005
             sweep = Sweep(name, num_steps)
             runner = setup.trainer(

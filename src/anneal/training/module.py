@@ -15,13 +15,25 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from anneal.batching import RunPlan
-from anneal.mixing import mix
+from anneal.mixing import mix, mixed_share
 from anneal.models.build import Classifier, key_randomness
 from anneal.models.layers import KeyedRandom
 from anneal.optimizers.build import build_optimizer
 from anneal.params import UserError
 from anneal.schedules import factor, momentum_at
 from anneal.training.data import Batch
+from anneal.training.gradients import (
+    add_noise_,
+    clip_adaptive_,
+    clip_value_,
+    head_parameters,
+    limit_norms_,
+    noise_std,
+    share_at_bound,
+    unit_weights,
+)
+from anneal.training.losses import LOSSES
+from anneal.training.transfer import Freezing
 
 Figures = dict[str, float]
 
@@ -31,7 +43,7 @@ class Diverged(UserError):
 
 
 class TrainingModule(pl.LightningModule):
-    """Cross entropy on microbatches whose gradients add up to the mean over the samples of a whole window.
+    """A loss on microbatches whose gradients add up to the mean over the samples of a whole window.
 
     Parameters
     ----------
@@ -40,19 +52,35 @@ class TrainingModule(pl.LightningModule):
     plan
         How each epoch falls into windows and microbatches.
     seed
-        Of dropout, stochastic depth and mixing, each drawn from (seed, technique, epoch, microbatch).
+        Of dropout, stochastic depth and mixing, each drawn from (seed, technique, epoch, microbatch), and of gradient noise.
     num_classes
         Width of the logits.
     optimizer
         Arguments of `anneal.optimizers.build_optimizer` but for the network.
     schedule
         Arguments of `anneal.schedules.factor` and `momentum_at` but for the step.
-    label_smoothing, l1, mixup_alpha, cutmix_alpha
-        Regularisation; 0 is off.
+    loss, loss_arguments
+        A name of `anneal.training.losses.LOSSES`, and its arguments beside targets, weights and smoothing.
+    label_smoothing
+        Of the targets; 0 is off.
     class_weights
         float (num_classes,) weights of the loss by class, or None.
-    gradient_clip
-        Largest norm of the gradient of an optimizer step, or None.
+    l1, l2
+        Weights in the loss of the sum of the absolute values, and of half the sum of the squares, of all weights but
+        vectors (biases, scales); 0 is off.
+    mixing
+        Arguments of `anneal.mixing.mix` but for batch and key; None is off.
+    max_norm
+        Largest norm of a unit's incoming weights after each optimizer step, or None.
+    gradient_clip, gradient_clip_value, gradient_clip_adaptive
+        Largest norm of the gradient of an optimizer step, largest absolute value of its entries, largest ratio of a
+        unit's gradient to its weights; at most one of the three, the others None.
+    gradient_noise
+        ``std`` and ``decay`` of `anneal.training.gradients.add_noise_`; None, or an ``std`` of 0, is off.
+    constants
+        Figures that are the same in every epoch, to be logged with it.
+    freezing
+        Which layers learn at each step; None: all at all.
     """
 
     def __init__(
@@ -64,12 +92,20 @@ class TrainingModule(pl.LightningModule):
         num_classes: int,
         optimizer: Mapping[str, Any],
         schedule: Mapping[str, Any],
+        loss: str = "cross_entropy",
+        loss_arguments: Mapping[str, Any] | None = None,
         label_smoothing: float = 0.0,
-        l1: float = 0.0,
-        mixup_alpha: float = 0.0,
-        cutmix_alpha: float = 0.0,
         class_weights: torch.Tensor | None = None,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        mixing: Mapping[str, float] | None = None,
+        max_norm: float | None = None,
         gradient_clip: float | None = None,
+        gradient_clip_value: float | None = None,
+        gradient_clip_adaptive: float | None = None,
+        gradient_noise: Mapping[str, float] | None = None,
+        constants: Mapping[str, float] | None = None,
+        freezing: Freezing | None = None,
     ) -> None:
         super().__init__()
         self.classifier = classifier
@@ -81,13 +117,24 @@ class TrainingModule(pl.LightningModule):
         self.schedule_arguments = dict(schedule)
         self.factor_at: Callable[[int, Sequence[float]], float] = partial(factor, **schedule)
         self.momentum_at: Callable[[int], float | None] = partial(momentum_at, **schedule)
-        self.label_smoothing = label_smoothing
+        self.loss = partial(LOSSES[loss], label_smoothing=label_smoothing, **(loss_arguments or {}))
         self.l1 = l1
-        self.mixing = {"mixup_alpha": mixup_alpha, "cutmix_alpha": cutmix_alpha}
-        self.mixes = mixup_alpha > 0 or cutmix_alpha > 0
+        self.l2 = l2
+        self.mixing = dict(mixing or {})
+        self.mixes = any(self.mixing.get(name, 0.0) > 0 for name in ("mixup_alpha", "cutmix_alpha"))
         self.class_weights: torch.Tensor | None
         self.register_buffer("class_weights", class_weights, persistent=False)
         self.gradient_clip = gradient_clip
+        self.gradient_clip_value = gradient_clip_value
+        self.gradient_clip_adaptive = gradient_clip_adaptive
+        clips = (gradient_clip, gradient_clip_value, gradient_clip_adaptive)
+        self.clips = any(most is not None for most in clips)
+        self.gradient_noise = dict(gradient_noise) if gradient_noise and gradient_noise["std"] else None
+        self.max_norm = max_norm
+        self.units = unit_weights(classifier) if max_norm is not None else []
+        self.constants = dict(constants or {})
+        self.freezing = freezing
+        self.trainable_share = 1.0
         self.figures: Figures = {}
         self.extras: Figures = {}
         self.val_losses: list[float] = []
@@ -96,6 +143,9 @@ class TrainingModule(pl.LightningModule):
         self.splits_windows = any(epoch.size > epoch.microbatch for epoch in plan.epochs)
         self.weights: list[nn.Parameter] = [p for p in classifier.parameters() if p.requires_grad]
         self.decayed = [p for p in self.weights if p.ndim > 1]
+        head = head_parameters(classifier) if gradient_clip_adaptive is not None else set()
+        self.adaptive = [p for p in self.weights if p not in head]
+        self.is_sam = bool((self.optimizer_arguments.get("sam") or {}).get("rho"))
         self.rate = 0.0
         self.momentum: float | None = None
         self.norm = torch.zeros(())
@@ -108,7 +158,8 @@ class TrainingModule(pl.LightningModule):
         if self.auto_rate:
             # The range test ran in the first process alone.
             self.peak_rate = self.trainer.strategy.broadcast(self.optimizer_arguments["arguments"]["lr"])
-        optimizer = build_optimizer(self.classifier, **self.optimizer_arguments)
+        staged = self.freezing is not None and self.freezing.wakes
+        optimizer = build_optimizer(self.classifier, **self.optimizer_arguments, staged=staged)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         return optimizer
@@ -129,6 +180,18 @@ class TrainingModule(pl.LightningModule):
                     set_momentum(group, momentum)
                     self.momentum = momentum
         self.rate = self.peak_rate * factor
+
+    def set_learning(self) -> None:
+        """Freeze and wake layers for the optimizer step to come."""
+        if self.freezing is None:
+            return
+        # DDP waits for the gradient of every parameter that had one when it began.
+        if self.freezing.set(self.trainer.global_step, skip_gradients=self.plan.world_size == 1):
+            self.weights = self.freezing.awake()
+            awake = set(self.weights)
+            self.units = [w for w in unit_weights(self.classifier) if w in awake] if self.max_norm is not None else []
+            self.trainable_share = self.freezing.share()
+        self.extras["trainable_share"] = self.trainable_share
 
     @property
     def peak_rate(self) -> float:
@@ -158,7 +221,10 @@ class TrainingModule(pl.LightningModule):
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.num_seen = 0
         self.num_steps = 0
-        self.extras = {}
+        if self.clips:
+            self.clipped = torch.zeros((), dtype=wide, device=self.device)
+            self.clipped_units = torch.zeros((), dtype=wide, device=self.device)
+        self.extras = dict(self.constants)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Return a microbatch's share of the window's mean loss, times what Lightning and DDP divide by."""
@@ -174,6 +240,7 @@ class TrainingModule(pl.LightningModule):
         first = batch_idx % plan.accumulation == 0
         if first and not self.again:
             self.set_rates()
+            self.set_learning()
         if self.splits_windows and not self.again:
             self.window.before(num, first=first)
         with frozen_statistics(self.classifier, when=self.again):
@@ -185,7 +252,9 @@ class TrainingModule(pl.LightningModule):
             self.correct += (logits.detach().argmax(1) == labels).sum()
             self.num_seen += num
         if self.l1:
-            loss = loss + (self.l1 * num) * torch.stack([p.abs().sum() for p in self.decayed]).sum()
+            loss = loss + (self.l1 * num) * self.absolute_sum()
+        if self.l2:
+            loss = loss + (self.l2 * num) * self.half_square_sum()
         loss = loss * (plan.accumulation * plan.world_size / window_samples)
         self._unchecked = loss.detach()
         return loss
@@ -193,7 +262,7 @@ class TrainingModule(pl.LightningModule):
     def microbatch_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the sum over a microbatch of what is trained on: mixed, smoothed, under the microbatch's own draws.
 
-        Without the L1 penalty. Needs no trainer.
+        Without the penalties on weights. Needs no trainer.
 
         Returns
         -------
@@ -213,21 +282,40 @@ class TrainingModule(pl.LightningModule):
         return self.summed_loss(logits, targets), logits, labels
 
     def summed_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the sum over samples of the cross entropy that is trained on, smoothed and weighted by class.
+        """Return the sum over samples of the loss that is trained on, smoothed and weighted by class.
 
         Each sample's loss is multiplied by the weight of its class, and the mean is over the number of samples, not over
         the sum of their weights: so that a sample counts the same in every window.
         """
-        return F.cross_entropy(
-            logits, targets, self.class_weights, label_smoothing=self.label_smoothing, reduction="sum"
-        )
+        return self.loss(logits, targets, self.class_weights)
+
+    def absolute_sum(self) -> torch.Tensor:
+        """Return the sum of the absolute values of the weights that penalties are on."""
+        return torch.stack([p.abs().sum() for p in self.decayed]).sum()
+
+    def half_square_sum(self) -> torch.Tensor:
+        """Return half the sum of the squares of the weights that penalties are on."""
+        return 0.5 * torch.stack([p.square().sum() for p in self.decayed]).sum()
+
+    def on_after_backward(self) -> None:
+        """Leave frozen layers without a gradient, before anything measures or uses it."""
+        if self.freezing is not None:
+            self.freezing.drop_gradients()
+
+    def on_fit_end(self) -> None:
+        """Leave a network that is trainable in all its layers, as it came."""
+        if self.freezing is not None:
+            self.freezing.end()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
-        """Measure the gradient's norm, clip it, and bring BatchNorm's running statistics up to date."""
+        """Measure the gradient's norm, clip it, add noise, and bring BatchNorm's running statistics up to date."""
         gradients = [p.grad for p in self.weights if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if self.gradient_clip is not None:
             nn.utils.clip_grads_with_norm_(self.weights, self.gradient_clip, norm)
+        # Of SAM's two gradients the first only says where to look.
+        if (self.clips or self.gradient_noise is not None) and (self.again or not self.is_sam):
+            self._clip_and_disturb(gradients, norm)
         if self.again:
             return
         self.norm = norm
@@ -236,6 +324,28 @@ class TrainingModule(pl.LightningModule):
         self.num_steps += 1
         if self.splits_windows:
             self.window.close(self.trainer.strategy if self.plan.world_size > 1 else None)
+
+    def _clip_and_disturb(self, gradients: list[torch.Tensor], norm: torch.Tensor) -> None:
+        """Count a step that was clipped by norm, or clip it another way; then add noise, which no clip shall cut."""
+        if self.gradient_clip is not None:
+            # An infinite norm is that of a step which mixed precision skips.
+            self.clipped += (norm > self.gradient_clip) & norm.isfinite()
+        elif self.gradient_clip_value is not None:
+            self.clipped += clip_value_(gradients, self.gradient_clip_value)
+        elif self.gradient_clip_adaptive is not None:
+            pairs = [(p, p.grad) for p in self.adaptive if p.grad is not None]
+            share = clip_adaptive_([p for p, _ in pairs], [g for _, g in pairs], self.gradient_clip_adaptive)
+            self.clipped += share > 0
+            self.clipped_units += share
+        if self.gradient_noise is not None:
+            named = self.classifier.named_parameters()
+            add_noise_(named, seed=self.seed, step=self.trainer.global_step, **self.gradient_noise)
+
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        """Make the step, and keep each unit's incoming weights within their norm."""
+        super().optimizer_step(*arguments, **options)
+        if self.max_norm is not None:
+            limit_norms_(self.units, self.max_norm)
 
     def stop_on_nan(self) -> None:
         """Raise a UserError where the loss of the microbatch before this one was not finite.
@@ -281,6 +391,7 @@ class TrainingModule(pl.LightningModule):
         if self.plan.world_size > 1:
             sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         loss_sum, correct, seen = sums.tolist()
+        self.extras |= self._measured()
         val_loss = float(self.val_loss) / self.val_seen
         if not math.isfinite(val_loss):
             raise self._diverged(f"the validation loss is {val_loss}")
@@ -301,6 +412,29 @@ class TrainingModule(pl.LightningModule):
         self.log_dict({name: v for name, v in self.figures.items() if name not in self.extras}, logger=False)
         if self.trainer.logger is not None:
             self.trainer.logger.log_metrics({**self.figures, "epoch": self.current_epoch + 1}, self.trainer.global_step)
+
+    @torch.no_grad()
+    def _measured(self) -> Figures:
+        """Return what the techniques that are on did in the epoch, or to the weights by its end."""
+        found: Figures = {}
+        if self.l1:
+            found["penalty/l1"] = self.l1 * float(self.absolute_sum())
+        if self.l2:
+            found["penalty/l2"] = self.l2 * float(self.half_square_sum())
+        if self.clips:
+            found["clip/share"] = float(self.clipped) / self.num_steps
+        if self.gradient_clip_adaptive is not None:
+            found["clip/units"] = float(self.clipped_units) / self.num_steps
+        if self.gradient_noise is not None:
+            size = noise_std(self.trainer.global_step - 1, **self.gradient_noise)
+            found["gradient_noise/norm"] = size * math.sqrt(sum(p.numel() for p in self.weights))
+        if self.max_norm is not None:
+            found["max_norm/share"] = share_at_bound(self.units, self.max_norm)
+        if self.mixes:
+            epoch = self.current_epoch
+            number = self.plan[epoch].microbatches_per_epoch
+            found["mixed/share"] = mixed_share(number, seed=self.seed, epoch=epoch, **self.mixing)
+        return found
 
 
 def has_momentum(group: Mapping[str, Any]) -> bool:
@@ -357,7 +491,8 @@ class WindowNorms:
 
     def __init__(self, network: nn.Module) -> None:
         found = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-        self.layers = [(m, float(m.momentum)) for m in found if m.momentum is not None]
+        self.tracking = [(m, float(m.momentum)) for m in found if m.momentum is not None]
+        self.layers = self.tracking
         self.before_window: list[torch.Tensor] = []
         self.seen = 0
 
@@ -367,6 +502,8 @@ class WindowNorms:
     def before(self, num: int, *, first: bool) -> None:
         """Prepare the forward pass of a microbatch of ``num`` samples; ``first`` opens a window."""
         if first:
+            # Those of layers that are frozen for this step stay as they are, to the bit.
+            self.layers = [(m, momentum) for m, momentum in self.tracking if m.track_running_stats]
             self.before_window = [buffer.clone() for buffer in self._buffers()]
             self.counts = [None if m.num_batches_tracked is None else m.num_batches_tracked + 1 for m, _ in self.layers]
             self.seen = 0

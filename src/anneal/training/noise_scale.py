@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from anneal.batching import balanced_order
 from anneal.models.build import key_randomness
 from anneal.models.layers import KeyedRandom
 from anneal.seeding import generator, seed_for
@@ -131,7 +132,8 @@ class NoiseScale(pl.Callback):
     """Measure the noise scale at the end of each epoch's training, on the same samples every time.
 
     Gradients of the loss that is trained on, without penalties, which have no noise, and without augmentation and mixing;
-    dropout and stochastic depth draw the same in every epoch. Batch normalisation sees a microbatch, as in training.
+    dropout and stochastic depth draw the same in every epoch. Batch normalisation sees a microbatch, as in training. Under
+    balanced sampling the samples are drawn as in an epoch, those of a small class perhaps more than once.
     Nothing of the training is touched: random states, running statistics, ``.grad``, modes and keys stay as they are.
     Every process computes the same, without a word between them.
 
@@ -148,7 +150,10 @@ class NoiseScale(pl.Callback):
     def __init__(self, train: MicrobatchDataset, *, num_microbatches: int, microbatch: int, seed: int) -> None:
         self.train = train
         number, size = sample_sizes(len(train), num_microbatches=num_microbatches, microbatch=microbatch)
-        order = generator(seed, "noise_scale").permutation(len(train))
+        if train.balanced:
+            order = balanced_order(train.labels, seed_for(seed, "noise_scale"), 0)
+        else:
+            order = generator(seed, "noise_scale").permutation(len(train))
         self.index: np.ndarray = order[: number * size].reshape(number, size)
         self.seed = seed_for(seed, "noise_scale")
         self.estimates: list[Estimate] = []

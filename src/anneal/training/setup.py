@@ -11,21 +11,23 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from anneal.batching import BatchConfig, RunPlan, plan_run
+from anneal.batching import BatchConfig, RunPlan, most_repeats, plan_run
 from anneal.models.build import Classifier, build_classifier
-from anneal.models.config import InitConfig, ModelConfig, conflicts
+from anneal.models.config import InitConfig, ModelConfig
 from anneal.models.initialization import DATA_LAWS, initialize
+from anneal.models.transfer import load_start
 from anneal.optimizers.build import check_arguments
 from anneal.optimizers.config import OptimizerConfig, schedule_for
-from anneal.optimizers.config import conflicts as optimizer_conflicts
 from anneal.params import ParamsError
-from anneal.schedules import ScheduleConfig, factor_arguments, scaled_rate, schedule_faults
+from anneal.schedules import ScheduleConfig, factor_arguments, scaled_rate
 from anneal.seeding import generator
 from anneal.store import DatasetInfo, Store
-from anneal.training.config import HardwareConfig, LossConfig, RegularizationConfig, TrainerConfig
+from anneal.training.config import AveragingConfig, HardwareConfig, LossConfig, RegularizationConfig, TrainerConfig
+from anneal.training.conflicts import member_conflicts
 from anneal.training.data import MicrobatchDataset, StoreDataModule, training_set
 from anneal.training.machine import check_precision, resolve_devices, set_threads, strategy_for
 from anneal.training.module import TrainingModule
+from anneal.training.transfer import Freezing, freezing, head_names
 
 FIRST_PIXELS = 2**19
 """Most pixels of the images that initial weights are fitted to, unless 16 images have more."""
@@ -123,6 +125,7 @@ def set_up(
     batch: BatchConfig,
     loss: LossConfig,
     regularization: RegularizationConfig,
+    averaging: AveragingConfig,
     trainer: TrainerConfig,
     hardware: HardwareConfig,
 ) -> Setup:
@@ -136,7 +139,7 @@ def set_up(
         Folder of policy.json and, optionally, ``extra/``.
     seed
         Of everything random.
-    model, init, optimizer, schedule, batch, loss, regularization, trainer
+    model, init, optimizer, schedule, batch, loss, regularization, averaging, trainer
         Sections of the member.
     hardware
         What the machine has.
@@ -148,7 +151,7 @@ def set_up(
     """
     accelerator, devices = resolve_devices(hardware, batch)
     check_precision(trainer.precision, accelerator)
-    data_set, train, transforms = training_set(store, augmented, seed)
+    data_set, train, transforms = training_set(store, augmented, seed, batch.sampling)
     plan = plan_run(
         size=batch.size,
         microbatch=batch.microbatch,
@@ -161,40 +164,21 @@ def set_up(
     )
     threads = set_threads(trainer.threads, devices if accelerator == "cpu" else 1)
     info = data_set.info
-    faults = conflicts(
-        model.name,
-        arguments=model.arguments,
+    faults = member_conflicts(
+        model=model,
+        init=init,
+        optimizer=optimizer,
+        schedule=schedule,
+        batch=batch,
+        loss=loss,
+        regularization=regularization,
+        averaging=averaging,
+        trainer=trainer,
         height=info.height,
         width=info.width,
         normalize=info.normalize,
-        norm=model.norm.name,
-        norm_position=model.norm.position,
-        norm_arguments=model.norm.arguments,
-        dropout=regularization.dropout,
-        stochastic_depth=regularization.stochastic_depth,
-        microbatch=batch.microbatch,
-        whiten_first=init.whiten_first,
-        zero_last=init.zero_last,
-    )
-    faults += schedule_faults(
-        schedule.model_dump(),
-        total_steps=plan.total_steps,
-        steps_per_epoch=plan.epoch_steps,
-        scaling=batch.lr_scaling,
-        size=batch.size,
-        reference_size=batch.reference_size,
-        early_stopping=trainer.early_stopping.patience if trainer.early_stopping is not None else None,
-    )
-    faults += optimizer_conflicts(
-        optimizer.name,
-        arguments=optimizer.arguments,
-        lr_factors=optimizer.lr_factors.model_dump(),
-        sam_rho=optimizer.sam.rho,
-        size=batch.size,
-        microbatch=batch.microbatch,
-        grows=bool(batch.growth.at),
-        precision=trainer.precision,
-        gradient_clip=regularization.gradient_clip,
+        plan=plan,
+        channels=info.channels,
     )
     if faults:
         raise ParamsError(faults)
@@ -206,7 +190,9 @@ def set_up(
         "width": info.width,
         "channels": info.channels,
     }
-    classifier = build_classifier(architecture, normalization, data_set.statistics(), seed=seed)
+    classifier = build_classifier(
+        architecture, normalization, data_set.statistics(), input_noise=regularization.input_noise, seed=seed
+    )
     fitted = init.whiten_first or init.name in DATA_LAWS
     initialize(
         classifier.network,
@@ -218,6 +204,9 @@ def set_up(
         whiten_eps=init.whitening.eps if init.whiten_first else None,
         images=classifier.normalization(first_batch(data_set, seed)[0]) if fitted else None,
     )
+    network, start = classifier.network, model.start_from
+    if start.path is not None:
+        load_start(network, head_names(network), start.path, start.sha256, info.classes)
     module = training_module(
         classifier,
         plan,
@@ -229,6 +218,8 @@ def set_up(
         batch=batch,
         loss=loss,
         regularization=regularization,
+        averaging=averaging,
+        frozen=freezing(start, plan, network),
     )
     return Setup(
         store=data_set,
@@ -290,6 +281,7 @@ def architecture_of(model: ModelConfig, info: DatasetInfo, regularization: Regul
         "norm_arguments": norm.arguments,
         "dropout": regularization.dropout,
         "stochastic_depth": regularization.stochastic_depth,
+        "spatial_dropout": regularization.spatial_dropout,
     }
 
 
@@ -305,8 +297,10 @@ def training_module(
     batch: BatchConfig,
     loss: LossConfig,
     regularization: RegularizationConfig,
+    averaging: AveragingConfig,
+    frozen: Freezing | None = None,
 ) -> TrainingModule:
-    """Return the LightningModule that the sections describe."""
+    """Return the LightningModule that the sections describe; ``frozen`` says which layers learn at each step."""
     arguments = optimizer.arguments
     scaling: dict[str, Any] = {"scaling": batch.lr_scaling, "size": batch.size, "reference_size": batch.reference_size}
     if arguments["lr"] != "auto":
@@ -330,13 +324,28 @@ def training_module(
             schedule_for(optimizer.name, schedule.model_dump()),
             total_steps=plan.total_steps,
             steps_per_epoch=plan.epoch_steps,
+            swa=averaging.swa_rate,
         ),
+        loss=loss.name,
+        loss_arguments=loss.arguments,
         label_smoothing=regularization.label_smoothing,
-        l1=regularization.l1,
-        mixup_alpha=regularization.mixup.alpha,
-        cutmix_alpha=regularization.cutmix.alpha,
         class_weights=CLASS_WEIGHTS[loss.class_weights](train.labels, len(info.classes)),
+        l1=regularization.l1,
+        l2=regularization.l2,
+        mixing={
+            "mixup_alpha": regularization.mixup.alpha,
+            "cutmix_alpha": regularization.cutmix.alpha,
+            "mixup_probability": regularization.mixup.probability,
+            "cutmix_probability": regularization.cutmix.probability,
+            "cutmix_share": regularization.cutmix_share,
+        },
+        max_norm=regularization.max_norm,
         gradient_clip=regularization.gradient_clip,
+        gradient_clip_value=regularization.gradient_clip_value,
+        gradient_clip_adaptive=regularization.gradient_clip_adaptive,
+        gradient_noise=regularization.gradient_noise.model_dump(),
+        constants={"sampling/repeats": most_repeats(train.labels)} if batch.sampling == "balanced" else None,
+        freezing=frozen,
     )
 
 
