@@ -61,6 +61,15 @@ def make_clone(folder: Path) -> Path:
     """Return the clone in ``folder``, made of this checkout's last commit where there is none yet."""
     clone = folder / "anneal"
     if clone.is_dir():
+        heads = [
+            subprocess.run(["git", "rev-parse", "HEAD"], cwd=at, capture_output=True, text=True, check=True).stdout
+            for at in (clone, ROOT)
+        ]
+        if heads[0] != heads[1]:
+            print(
+                f"warning: {folder} goes on with commit {heads[0][:12]}; remove it to measure {heads[1][:12]}",
+                file=sys.stderr,
+            )
         return clone
     half = folder / "anneal.half"
     shutil.rmtree(half, ignore_errors=True)
@@ -120,6 +129,11 @@ def measure(name: str, *, seeds: Sequence[int], data: str | None, folder: Path) 
     """Run what has not run yet, and return what bench/results/recipes/NAME.json holds."""
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "steps.json"
+
+    def keep() -> None:
+        # Not write_json, which sorts keys: the order of the members is the recipe's.
+        write_text(kept, json.dumps(state, indent=2) + "\n")
+
     state: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {"seconds": {}}
     seconds: dict[str, float] = state["seconds"]
     clone = make_clone(folder)
@@ -129,7 +143,7 @@ def measure(name: str, *, seeds: Sequence[int], data: str | None, folder: Path) 
         label = label or stage
         if label not in seconds:
             seconds[label] = run_stage(clone, stage)
-            write_json(kept, state)
+            keep()
             print(f"{name}: {label} took {seconds[label] / 60:.2f} minutes", flush=True)
 
     if "values" not in state:
@@ -137,8 +151,12 @@ def measure(name: str, *, seeds: Sequence[int], data: str | None, folder: Path) 
         command(clone, "anneal", "recipe", name)
         point_to_data(clone, data)
         state["values"] = params.read_yaml(file)
-        write_json(kept, state)
+        keep()
     values = state["values"]
+    if data is not None and values["data"]["path"] != str(Path(data).resolve()):
+        raise UserError(
+            f"--data: found {data}, but {folder} was begun with {values['data']['path']}; remove the folder"
+        )
     members = values["ensemble"]["members"]
     pipeline = ["preprocess", "augment", *(f"train@{m}" for m in members), "diagnose", "evaluate", "report"]
     if "figures" not in state:
@@ -146,16 +164,21 @@ def measure(name: str, *, seeds: Sequence[int], data: str | None, folder: Path) 
         for stage in pipeline:
             step(stage)
         state["figures"] = json.loads((clone / "reports/metrics.json").read_text(encoding="utf-8"))
-        write_json(kept, state)
+        keep()
     singles = state["figures"]["test"]["members"]
     further = further_members(values, seeds)
     if further:
         set_value(clone, "ensemble.members", {**members, **further})
         for member in further:
             step(f"train@{member}")
-        step("evaluate", f"evaluate with {', '.join(further)}")
-        figures = json.loads((clone / "reports/metrics.json").read_text(encoding="utf-8"))
-        singles = figures["test"]["members"]
+        label = f"evaluate with {', '.join(further)}"
+        step("evaluate", label)
+        evaluated = state.setdefault("singles", {})
+        if label not in evaluated:
+            figures = json.loads((clone / "reports/metrics.json").read_text(encoding="utf-8"))
+            evaluated[label] = figures["test"]["members"]
+            keep()
+        singles = evaluated[label]
     commit = command(clone, "git", "rev-parse", "--short=12", "HEAD").stdout.strip()
     return summary(name, state["figures"]["test"], singles, seconds, pipeline) | {
         "commit": commit,

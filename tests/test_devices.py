@@ -33,11 +33,12 @@ BALANCED = {
     "regularization": DRAWING["regularization"]
     | {"l2": 1e-3, "max_norm": 1.0, "gradient_noise": {"std": 0.01, "decay": 0.55}, "gradient_clip_adaptive": 0.05},
 }
+AVERAGED = {"averaging": {"name": "ema", "ema": {"decay": 0.8}}, "trainer": {"restore_best": False}}
 CASES = {
     **{f"{loss} {rest}": (rest, options | BATCH) for loss, options in LOSSES.items() for rest in LAST_WINDOWS},
     "grown": (40, LOSSES["penalised"] | GROWING),
     "drawing 40": (40, DRAWING | BATCH),
-    "drawing 6": (6, DRAWING | BATCH),
+    "drawing 6": (6, DRAWING | BATCH | AVERAGED),
     "drawing grown": (40, DRAWING | GROWING | BALANCED),
     "drawing recalibrated": (6, DRAWING | BATCH | RECALIBRATED),
 }
@@ -161,6 +162,17 @@ def test_weights_and_running_statistics_are_the_same(runs, name):
     if name.startswith("drawing"):
         counts = [value.item() for key, value in two.items() if key.endswith("num_batches_tracked")]
         assert counts and set(counts) == {int(history(runs, 2, name)[-1]["step"])}
+
+
+def test_averages_and_their_figures_are_the_same(runs):
+    """Each process averages by itself; the last epoch's, with the statistics that are recalibrated for it."""
+    one, two = (load_file(runs / f"{n}" / "drawing 6" / "averages" / "ema.safetensors") for n in (1, 2))
+    assert largest_difference(one, two) < 1e-5
+    assert largest_difference(two, state(runs, 2, "drawing 6")) > 1e-4
+    for column in ("val_average_loss", "val_average_accuracy"):
+        assert [float(row[column]) for row in history(runs, 2, "drawing 6")] == pytest.approx(
+            [float(row[column]) for row in history(runs, 1, "drawing 6")], rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", SYNCED)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from anneal import recipe
+from anneal.params import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -87,3 +88,68 @@ def test_further_members_are_like_the_first_with_seeds_of_their_own() -> None:
 def test_only_the_part_between_the_marks_is_replaced() -> None:
     page = f"before\n{bench.BEGIN}old\n{bench.END}after\n"
     assert bench.with_table(page, "new\n") == f"before\n{bench.BEGIN}new\n{bench.END}after\n"
+
+
+class Killed(Exception):
+    """What ends the script in the middle."""
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A clone whose stages are stand-ins, since real ones take minutes: what it holds, and what it ran."""
+    own = {"late": {"seed": 1}, "early": {"seed": 0}}
+    found: dict[str, Any] = {"members": own, "ran": [], "stop_at": None}
+
+    def command(folder: Path, *words: str) -> Any:
+        return type("Done", (), {"stdout": "0" * 12 + "\n"})
+
+    def set_value(folder: Path, key: str, value: Any) -> None:
+        assert key == "ensemble.members"
+        found["members"] = dict(value)
+
+    def run_stage(folder: Path, stage: str) -> float:
+        if stage == found["stop_at"]:
+            raise Killed
+        found["ran"].append(stage)
+        if stage == "evaluate":
+            test = {kind: figures(0.9) for kind in bench.KINDS}
+            test["members"] = {name: figures(0.8) for name in found["members"]}
+            bench.write_json(folder / "reports" / "metrics.json", {"test": test})
+        return 60.0
+
+    def make_clone(folder: Path) -> Path:
+        return folder / "anneal"
+
+    def read_yaml(path: Path) -> dict[str, Any]:
+        return {"seed": 0, "data": {"path": "data/digits.zip"}, "ensemble": {"members": own}}
+
+    for name, function in {"command": command, "set_value": set_value, "run_stage": run_stage}.items():
+        monkeypatch.setattr(bench, name, function)
+    monkeypatch.setattr(bench, "make_clone", make_clone)
+    monkeypatch.setattr(bench, "point_to_data", lambda *_: None)
+    monkeypatch.setattr(bench.params, "read_yaml", read_yaml)
+    return found
+
+
+def test_killed_and_started_again_goes_on_in_the_same_order(clone: dict[str, Any], tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"seeds": [0, 1, 2], "data": None, "folder": tmp_path / "kept"}
+    for stage in ("train@early", "evaluate", "train@seed2", None):
+        clone["stop_at"] = stage
+        if stage is not None:
+            with pytest.raises(Killed):
+                bench.measure("digits", **arguments)
+    found = bench.measure("digits", **arguments)
+    stages = ["preprocess", "augment", "train@late", "train@early", "diagnose", "evaluate", "report"]
+    assert clone["ran"] == [*stages, "train@seed2", "evaluate"]
+    assert list(clone["members"]) == ["late", "early", "seed2"]
+    assert found["single"]["n"] == 3 and found["pipeline"]["members"] == 2
+
+
+def test_every_set_of_seeds_has_figures_of_its_own(clone: dict[str, Any], tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"data": None, "folder": tmp_path / "kept"}
+    for seeds in ([2, 3], [2], [2, 3]):
+        found = bench.measure("digits", seeds=seeds, **arguments)
+        assert set(found["members"]) == {"late", "early", *(f"seed{seed}" for seed in seeds)}
+    assert clone["ran"].count("train@seed3") == 1
+    with pytest.raises(UserError, match=r"--data: found elsewhere, but .* was begun with data/digits.zip"):
+        bench.measure("digits", seeds=[2], data="elsewhere", folder=tmp_path / "kept")

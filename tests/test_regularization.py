@@ -443,7 +443,10 @@ def test_all_at_once_repeats_to_the_byte_and_what_is_off_is_not_measured(inputs,
             }.items()
         ),
         *(
-            ({"optimizer": {"name": "Rprop"}, "regularization": {name: 0.1}}, rf"regularization\.{name}: found 0\.1 with Rprop")
+            (
+                {"optimizer": {"name": "Rprop"}, "regularization": {name: 0.1}},
+                rf"regularization\.{name}: found 0\.1 with Rprop",
+            )
             for name in ("gradient_clip", "gradient_clip_value", "gradient_clip_adaptive")
         ),
         *(

@@ -287,11 +287,11 @@ def test_a_change_of_the_label_is_told_from_difficulty() -> None:
     swap = seen({(0, 1): 0.9, (1, 0): 0.5, (2, 3): 0.3})
     found = changes([swap, swap, swap])
     assert [(change.a, change.b) for change in found] == [(0, 1), (1, 0)]
-    assert found[0].shares == [pytest.approx(0.9)] * 3
+    assert found[0].shares == pytest.approx([0.9] * 3)
     assert changes([swap]) == [], "one network says nothing of the next"
     assert changes([]) == []
     assert changes([swap, swap, seen({(0, 1): 0.3})]) == [], "an accident of two networks"
-    few = seen({(0, 1): 0.9}, number=2)
+    few = seen({(0, 1): 0.5}, number=4)
     assert changes([few, few]) == []
     sink = seen({(a, 4): 0.9 for a in range(4)})
     assert changes([sink, sink]) == [], "what is like nothing seen before lands in one class"
@@ -318,7 +318,7 @@ def test_what_is_said_of_a_change() -> None:
 
 @pytest.mark.parametrize(
     ("transform", "changed"),
-    [("VerticalFlip", {(0, 1), (1, 0)}), ("HorizontalFlip", set()), ("RandomPadCrop", set()), ("InvertImg", set())],
+    [("VerticalFlip", {(0, 1), (1, 0)}), ("HorizontalFlip", set()), ("Cutout", set())],
 )
 def test_a_hand_made_network_tells_which_flip_changes_the_label(transform: str, changed: set[tuple[int, int]]) -> None:
     """Classes: the upper half bright, the lower half, the middle columns, a dark frame around a bright square."""
@@ -379,7 +379,7 @@ def test_a_policy_of_ones_own_is_judged_transform_by_transform() -> None:
     base = base_recipe(params.merge(values(), {"augment": {"policy": policy}}), AUGMENTATION.base, current=True)
     points = points_of(AUGMENTATION, base)
     assert [point.label for point in points][:4] == ["none", "your policy", "your HorizontalFlip", "your RandomPadCrop"]
-    assert points[1].overrides == policy_of([{"HorizontalFlip": {}}, {"RandomPadCrop": {"padding": 0.125}}])
+    assert points[1].overrides == policy_of(policy)
     assert "RandomPadCrop" not in {point.label for point in points}, "the same transform twice"
     assert points[0].overrides["augment"]["policy"] == "none"
     assert points[0].asks["your HorizontalFlip"] == [{"HorizontalFlip": {"p": 1.0}}]
@@ -450,7 +450,7 @@ def test_each_technique_is_alone() -> None:
     for label, recipe in recipes.items():
         if label in ("none", "your recipe"):
             continue
-        sections = {key.split(".")[0] for key, value in params.flatten(recipe).items() if value != plain[key]}
+        sections = {key.split(".")[0] for key, value in params.flatten(recipe).items() if value != plain.get(key)}
         assert len(sections) == 1, label
 
 

@@ -435,6 +435,11 @@ REFUSED = {
 }
 
 
+def test_an_empty_path_is_not_the_current_folder():
+    with pytest.raises(ParamsError, match=r"model\.start_from\.path: found \"\", allowed: "):
+        sections(model={"start_from": {"path": ""}})
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused(source, name):
     start, overrides, message = REFUSED[name]
@@ -632,7 +637,10 @@ def test_check_says_what_a_run_starts_from(source, tmp_path, monkeypatch, capsys
             out = capsys.readouterr().out
             assert f"starts from pretrained/a ({digest(source)[:12]}); the head learns alone for 120 steps" in out
         else:
-            with pytest.raises(
-                UserError, match="found models/a, which training writes anew, allowed: a copy elsewhere"
-            ):
-                anneal(["check"])
+            for known in (digest(source), None):  # it is of no use to look for the hash first
+                values["model"]["start_from"]["sha256"] = known
+                (tmp_path / "params.yaml").write_text(json.dumps(values))
+                with pytest.raises(
+                    UserError, match="found models/a, which training writes anew, allowed: a copy elsewhere"
+                ):
+                    anneal(["check"])

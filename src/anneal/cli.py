@@ -153,6 +153,12 @@ def _resolved(values: dict[str, Any], recipe: Any) -> tuple[list[tuple[str, str]
     for name in recipe.ensemble.members:
         merged = params.member(values, name)
         sections = params.parse(merged, {key: type(getattr(recipe, key)) for key in _TRAINING})
+        start = sections["model"].start_from
+        if start.path is not None and Path("models").resolve() in Path(start.path).resolve().parents:
+            raise UserError(
+                f"model.start_from.path of member {name}: found {start.path}, which training writes anew, allowed: a copy "
+                f"elsewhere, such as by mkdir -p pretrained && cp -r {start.path} pretrained/{Path(start.path).name}"
+            )
         try:
             check_recipe(
                 **sections,
@@ -164,12 +170,6 @@ def _resolved(values: dict[str, Any], recipe: Any) -> tuple[list[tuple[str, str]
             changed = tuple(f"{section}." for section in recipe.ensemble.members[name] or {})
             prefix = f"ensemble.members.{name}."
             raise ParamsError([prefix + f if f.startswith(changed) else f for f in error.faults]) from None
-        start = sections["model"].start_from
-        if start.path is not None and Path(start.path).resolve().is_relative_to(Path("models").resolve()):
-            raise UserError(
-                f"model.start_from.path of member {name}: found {start.path}, which training writes anew, allowed: a copy "
-                f"elsewhere, such as cp -r {start.path} pretrained/{Path(start.path).name}"
-            )
         batch, schedule = sections["batch"], sections["schedule"]
         run = plan_run(
             size=batch.size,

@@ -213,7 +213,7 @@ WORDS: dict[str, str] = {
     "model.norm.name": "normalisation layer; auto: layer for convnext, else batch",
     "model.norm.position": "of the norm layer, before or after the activation",
     "model.norm.layer.eps": "added to the variance",
-    "model.norm.batch.recalibrate.when": "after weight averaging alone, after every run, or never",
+    "model.norm.batch.recalibrate.when": "averaging: of averaged weights alone; always: of the newest too, after each epoch; never",
     "model.norm.batch.recalibrate.images": "training images behind the new statistics",
     "model.norm.group.groups": "groups of channels; divides all widths",
     "model.resnet.stem": "first layers: small is a 3x3 convolution, large 7x7 with stride 2 and max-pooling for images of "
@@ -233,6 +233,7 @@ WORDS: dict[str, str] = {
     "init.xavier_uniform": "uniform, variance 2 gain^2 / (fan_in + fan_out)",
     "init.kaiming_normal": "normal, variance gain^2 / fan, gain by the activation",
     "init.kaiming_uniform": "uniform, variance gain^2 / fan, gain by the activation",
+    "init.orthogonal.gain": "factor of the matrix; auto: by the activation",
     "init.orthogonal": "a random orthogonal matrix times the gain",
     "init.normal": "normal, the same for every layer, whatever its size",
     "init.uniform": "uniform, the same for every layer",

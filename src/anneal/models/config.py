@@ -187,7 +187,7 @@ ModelName = (
 class StartFromConfig(Strict):
     """``model.start_from``: a trained member whose weights a run starts from, pinned by their hash."""
 
-    path: str | None
+    path: Annotated[str, Field(min_length=1)] | None
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None
     freeze: Length
     unfreeze: Literal["together", "gradually"]

@@ -9,8 +9,31 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from anneal.models.norms import (
+    FrozenBatchNorm1d,
+    FrozenBatchNorm2d,
+    GhostBatchNorm1d,
+    GhostBatchNorm2d,
+    SyncedBatchNorm1d,
+    SyncedBatchNorm2d,
+)
+
 FOLDING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 """Layers that take a scale and a shift in; subclasses may compute anything, and do not."""
+
+FOLDED = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    GhostBatchNorm1d,
+    GhostBatchNorm2d,
+    SyncedBatchNorm1d,
+    SyncedBatchNorm2d,
+    FrozenBatchNorm1d,
+    FrozenBatchNorm2d,
+)
+"""Norms that are a scale and a shift when evaluating; subclasses may compute anything, and are left."""
 
 TOLERANCE = 1e-4
 """Largest difference of the outputs, over their largest value, with which a folded network passes for the same."""
@@ -64,7 +87,8 @@ def foldable(network: nn.Module) -> list[tuple[str, str]]:
     >>> foldable(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.BatchNorm2d(2)).eval())
     [('0', '1')]
     """
-    norms = {name for name, m in network.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    batch_norms = {name: m for name, m in network.named_modules() if isinstance(m, _BatchNorm)}
+    norms = {name for name, m in batch_norms.items() if type(m) in FOLDED and m.running_mean is not None}
     if not norms or any(module.training for module in network.modules()):
         return []
     try:

@@ -73,7 +73,7 @@ def augmentation_grid(recipe: Mapping[str, Any], _num_train: int) -> list[Point]
     asked = {name: [always(entry)] for name, entry in entries.items()}
     points = [Point(NONE, policy_of([]), {"transform": NONE}, asks=asked)]
     if len(own) > 1:
-        points.append(Point(WHOLE, policy_of(list(own.values())), {"transform": WHOLE}, optional=True))
+        points.append(Point(WHOLE, policy_of(recipe["augment"]["policy"]), {"transform": WHOLE}))
     for name, entry in entries.items():
         points.append(Point(name, policy_of([entry]), {"transform": name}, optional=True))
     return points
@@ -121,7 +121,7 @@ def draw_augmentation(results: Results) -> list[Panel | HeatMap]:
                 [[fmean(one.by_class[c] for one in several) for c in shown] for several in found.values()],
                 list(found),
                 [classes[c][:8] for c in shown],
-                "accuracy under it of networks trained without",
+                "accuracy under it, if never seen",
                 "class",
             )
         )
@@ -175,7 +175,7 @@ def verdict(changed: Sequence[Change], harmed: bool) -> str:
         return "CHANGES THE LABEL, since two classes change places"
     if harmed:
         return "CHANGES THE LABEL, by all signs, since training under it is dear as well"
-    return "not shown to change the label, since training under it cost little; look at its pictures"
+    return "not shown to change the label, since training under it is not dear; look at its pictures"
 
 
 AUGMENTATION = Study(

@@ -121,7 +121,9 @@ def possible(base: Mapping[str, Any], points: Sequence[Point], store: Path, num_
                     policy_folder(recipe["augment"]["policy"], store)
             found.append(point)
         except ParamsError as error:
-            print(f"{point.label}: left out; {str(error).splitlines()[0]}", file=sys.stderr)
+            print(
+                f"{point.label}: left out; {str(error).splitlines()[0].removeprefix('params.yaml: ')}", file=sys.stderr
+            )
     return found
 
 

@@ -113,9 +113,9 @@ def member_conflicts(
         sha256 = model.start_from.sha256
         faults += start_faults(model.start_from.path, sha256, architecture=architecture, normalize=normalize)
     faults += _step_conflicts(optimizer, regularization)
-    return (
-        faults + _sampling_conflicts(batch, loss) + _averaging_conflicts(averaging, schedule, optimizer, trainer, plan)
-    )
+    faults += _mixing_conflicts(batch, regularization)
+    faults += _sampling_conflicts(batch, loss)
+    return faults + _averaging_conflicts(averaging, schedule, optimizer, trainer, plan)
 
 
 def _norm_conflicts(model: ModelConfig) -> list[str]:
@@ -203,6 +203,12 @@ def _step_conflicts(optimizer: OptimizerConfig, regularization: RegularizationCo
             f"{clips[chosen[0]]:g}, while the one would cut what the other has left, allowed: null for all but one of "
             f"{', '.join(clips)}"
         )
+    if optimizer.name == "Rprop":
+        faults += [
+            f"regularization.{name}: found {clips[name]:g} with Rprop, which reads the gradient's signs alone, and those no "
+            f"clip changes, allowed: null, or another optimizer"
+            for name in chosen
+        ]
     if optimizer.name != "LBFGS":
         return faults
     # gradient_clip itself is refused with the optimizer's own settings.
@@ -220,6 +226,16 @@ def _step_conflicts(optimizer: OptimizerConfig, regularization: RegularizationCo
             f"steps and would not know of the projection, allowed: null, or another optimizer"
         )
     return faults
+
+
+def _mixing_conflicts(batch: BatchConfig, regularization: RegularizationConfig) -> list[str]:
+    mixes = {"mixup": regularization.mixup, "cutmix": regularization.cutmix}
+    return [
+        f"regularization.{name}.alpha: found {mix.alpha:g} with batch.microbatch 1, where an image has no partner to be mixed "
+        f"with, allowed: 0, or batch.microbatch at least 2"
+        for name, mix in mixes.items()
+        if mix.alpha and mix.probability and batch.microbatch == 1
+    ]
 
 
 def _sampling_conflicts(batch: BatchConfig, loss: LossConfig) -> list[str]:

@@ -214,7 +214,7 @@ def as_csv(rows: Sequence[Any]) -> str:
     What is None is an empty cell.
 
     >>> as_csv([Epoch(1, 10, 0.1, 2.0, 0.25, 1.5, 0.5, 3.0, 32, update_ratio=0.01)]).splitlines()[1]
-    '1,10,0.1,2.0,0.25,1.5,0.5,3.0,32,0.01,,,,,'
+    '1,10,0.1,2.0,0.25,1.5,0.5,3.0,32,0.01,,,,,,,,,,,'
     """
     lines = [",".join(field.name for field in fields(rows[0]))]
     lines += [",".join("" if value is None else str(value) for value in asdict(row).values()) for row in rows]
