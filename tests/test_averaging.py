@@ -365,6 +365,10 @@ def test_history_and_the_drawn_schedule_show_the_rate_of_swa(runs):
             r"averaging\.swa\.lr: found a rate with Rprop",
         ),
         (
+            {"averaging": {"name": "swa", "swa": {"start": 0.0, "lr": None, "low": 0.5}}},
+            r"averaging\.swa\.low: found 0\.5 with averaging\.swa\.lr null",
+        ),
+        (
             {
                 "averaging": {"name": "polyak"},
                 "trainer": {"epochs": 8, "early_stopping": {"patience": 2, "min_delta": 0.0}},

@@ -263,6 +263,11 @@ def _averaging_conflicts(
             )
         if optimizer.name == "Rprop":
             faults.append(f"averaging.swa.lr: found a rate with Rprop, {NO_RATE['Rprop']}, allowed: null")
+    elif averaging.name == "swa" and averaging.swa.low < 1:
+        faults.append(
+            f"averaging.swa.low: found {averaging.swa.low:g} with averaging.swa.lr null, where the rate is the schedule's, "
+            f"allowed: 1.0, or a number for averaging.swa.lr"
+        )
     if averaging.name not in ("swa", "polyak") or plan is None:
         return faults
     key, start = f"averaging.{averaging.name}.start", averaging.arguments["start"]
