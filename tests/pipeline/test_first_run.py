@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import fields
 
+from anneal.training.dynamics import Layer
+from anneal.training.history import COLUMNS
 from tests.pipeline.conftest import Clone
 
 FIGURES = {"accuracy", "accuracy_ci", "macro_accuracy", "macro_f1", "top5", "nll", "brier", "ece"}
@@ -43,23 +46,7 @@ def test_every_out_is_there(digits: Clone) -> None:
     assert list((digits.path / "reports/preprocessing").glob("*.png"))
     with (digits.path / "models/a/history.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == [
-        "epoch",
-        "step",
-        "lr",
-        "train_loss",
-        "train_accuracy",
-        "val_loss",
-        "val_accuracy",
-        "grad_norm",
-        "batch_size",
-        "update_ratio",
-        "update_cosine",
-        "rate_low",
-        "rate_median",
-        "rate_high",
-        "noise_scale",
-    ]
+    assert list(rows[0]) == COLUMNS
     assert len(rows) == 30
     with (digits.path / "models/a/steps.csv").open() as file:
         steps = list(csv.DictReader(file))
@@ -67,7 +54,7 @@ def test_every_out_is_there(digits: Clone) -> None:
     assert len(steps) <= 1000 and steps[0]["step"] == "1"
     with (digits.path / "models/a/layers.csv").open() as file:
         layers = list(csv.DictReader(file))
-    assert list(layers[0]) == ["epoch", "layer", "num_parameters", "weight_norm", "grad_norm", "update_ratio"]
+    assert list(layers[0]) == [field.name for field in fields(Layer)]
     assert {int(row["epoch"]) for row in layers} == set(range(31))
 
 
