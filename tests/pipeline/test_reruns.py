@@ -151,11 +151,11 @@ def test_changed_data_runs_again(fresh: Clone, tmp_path: Path) -> None:
 
 def test_experiments_and_the_queue_run_their_own_code(fresh: Clone) -> None:
     """`dvc exp run --temp` and `dvc queue` run, in a checkout of their own, and track into the same store."""
-    fresh.repro()
+    fresh.repro("train@a")
     fresh.run("git", "add", "dvc.lock")
     fresh.run("git", "commit", "-qm", "first run")
-    fresh.run("dvc", "exp", "run", "--temp", "-n", "warmer", "-S", "optimizer.SGD.lr=0.2")
-    fresh.run("dvc", "exp", "run", "--queue", "-n", "queued", "-S", "optimizer.name=AdamW")
+    fresh.run("dvc", "exp", "run", "--temp", "-n", "warmer", "-S", "optimizer.SGD.lr=0.2", "train@a")
+    fresh.run("dvc", "exp", "run", "--queue", "-n", "queued", "-S", "optimizer.name=AdamW", "train@a")
     # The worker would keep a pipe open until it has waited in vain for another experiment.
     fresh.run("sh", "-c", "dvc queue start >/dev/null 2>&1")
     for _ in range(100):
