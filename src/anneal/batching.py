@@ -101,6 +101,10 @@ class BatchPlan:
         """Return the optimizer step of the epoch, from 0, that a microbatch belongs to."""
         return min(microbatch // (self.size // self.microbatch), self.steps_per_epoch - 1)
 
+    def ends_epoch(self, number: int) -> bool:
+        """Return whether a process's forward pass of the epoch, from 0, is its last."""
+        return number + 1 >= self.rounds_per_epoch
+
     def window_samples(self, window: int) -> int:
         """Return the number of samples of a window."""
         return min(self.size, self.num_samples - window * self.size)

@@ -126,7 +126,6 @@ def _plot(courses: dict[str, Course], path: Path) -> None:
 
 def _resolved(values: dict[str, Any], recipe: Any) -> tuple[list[tuple[str, str]], dict[str, Course]]:
     """Return the derived values, after the checks that need the data or a library's signatures; and members' schedules."""
-    from anneal.batching import plan_run
     from anneal.conflicts import check_recipe
     from anneal.optimizers.config import schedule_for
     from anneal.preprocess import planned_classes
@@ -160,7 +159,7 @@ def _resolved(values: dict[str, Any], recipe: Any) -> tuple[list[tuple[str, str]
                 f"elsewhere, such as by mkdir -p pretrained && cp -r {start.path} pretrained/{Path(start.path).name}"
             )
         try:
-            check_recipe(
+            run = check_recipe(
                 **sections,
                 preprocess=recipe.preprocess,
                 num_train=num_train,
@@ -171,16 +170,6 @@ def _resolved(values: dict[str, Any], recipe: Any) -> tuple[list[tuple[str, str]
             prefix = f"ensemble.members.{name}."
             raise ParamsError([prefix + f if f.startswith(changed) else f for f in error.faults]) from None
         batch, schedule = sections["batch"], sections["schedule"]
-        run = plan_run(
-            size=batch.size,
-            microbatch=batch.microbatch,
-            devices=devices,
-            num_nodes=recipe.hardware.num_nodes,
-            num_samples=num_train,
-            epochs=sections["trainer"].epochs,
-            growth_at=batch.growth.at,
-            growth_factor=batch.growth.factor,
-        )
         optimizer = sections["optimizer"]
         rate = optimizer.arguments["lr"]
         if rate != "auto":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anneal.batching import BatchConfig, plan_run
+from anneal.batching import BatchConfig, RunPlan, plan_run
 from anneal.models.config import InitConfig, ModelConfig, is_custom
 from anneal.models.custom import call_arguments
 from anneal.optimizers.config import EXTRA, OptimizerConfig
@@ -27,7 +27,7 @@ def check_recipe(
     preprocess: PreprocessConfig,
     num_train: int,
     hardware: HardwareConfig | None = None,
-) -> None:
+) -> RunPlan:
     """Check the sections that a member trains with against each other and against the size of the training split.
 
     Parameters
@@ -40,6 +40,11 @@ def check_recipe(
         Images of the training split.
     hardware
         Adds the check that the batch divides over the devices; ``auto`` always does.
+
+    Returns
+    -------
+    RunPlan
+        How the epochs fall into steps.
 
     Raises
     ------
@@ -91,5 +96,6 @@ def check_recipe(
             check_arguments(optimizer.name, optimizer.arguments)
         except UserError as error:
             faults.append(str(error))
-    if faults:
+    if faults or plan is None:
         raise ParamsError(faults)
+    return plan

@@ -47,7 +47,7 @@ class Recorder(History):
         """Take a point of the curve, and the time after an epoch's last microbatch."""
         plan = pl_module.plan[trainer.current_epoch]
         every = -(-pl_module.plan.total_steps // MOST_POINTS)
-        ends = batch_idx + 1 == plan.rounds_per_epoch
+        ends = plan.ends_epoch(batch_idx)
         step_made = ends or (batch_idx + 1) % plan.accumulation == 0
         if step_made and (trainer.global_step == 1 or trainer.global_step % every == 0):
             loss, seen = float(pl_module.loss_sum), pl_module.num_seen

@@ -167,7 +167,7 @@ class NoiseScale(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Measure after the epoch's last microbatch: what comes later is too late for the epoch's figures."""
-        if batch_idx + 1 < pl_module.plan[trainer.current_epoch].rounds_per_epoch or not len(self.index):
+        if not pl_module.plan[trainer.current_epoch].ends_epoch(batch_idx) or not len(self.index):
             return
         plugin = trainer.precision_plugin
         scaler = getattr(plugin, "scaler", None)

@@ -116,7 +116,7 @@ class MeasureNorms(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Measure after the epoch's last microbatch: what comes later is too late for the epoch's figures."""
-        if batch_idx + 1 < pl_module.plan[trainer.current_epoch].rounds_per_epoch:
+        if not pl_module.plan[trainer.current_epoch].ends_epoch(batch_idx):
             return
         with trainer.precision_plugin.forward_context():
             self.images = self.images.to(pl_module.device)

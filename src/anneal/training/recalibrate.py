@@ -70,7 +70,7 @@ class Recalibration(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Replace the running statistics after the epoch's last microbatch, so that whatever is measured then sees them."""
-        if batch_idx + 1 < pl_module.plan[trainer.current_epoch].rounds_per_epoch:
+        if not pl_module.plan[trainer.current_epoch].ends_epoch(batch_idx):
             return
         batches = recalibration_batches(self.store, self.seed, self.images, self.microbatch)
         with trainer.precision_plugin.forward_context():
