@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-long ui lint format bench lock schema clean
+.PHONY: help setup repro test test-long chaos ui lint format bench lock audit schema clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -37,6 +37,9 @@ test: $(STAMP) ## run the tests (about ten minutes on 2 cores)
 test-long: $(STAMP) ## run the long tests too
 	@python -m pytest
 
+chaos: $(STAMP) ## kill training runs at all moments; each must end as if undisturbed (under 15 minutes on 2 cores)
+	@python -m tests.chaos
+
 ui: $(STAMP) ## open MLflow on http://127.0.0.1:5000
 	@anneal ui
 
@@ -55,17 +58,27 @@ bench: $(STAMP) ## print the performance ratios of docs/performance.md
 	@python bench/dynamics.py
 	@python bench/optimizers.py
 	@python bench/norms.py
+	@python bench/checkpoint.py
+	@python bench/tracking.py
 
 schema: $(STAMP) ## write params.schema.json and docs/params.md anew from the section classes
 	@python -m anneal.recipe
 	@python -m anneal.reference
 
-# torch's own metadata pins its CUDA packages exactly; left out here, a CPU build of torch stays one.
+# torch's own metadata pins its CUDA packages exactly; left out here, a CPU build of torch stays one. pip stays what .venv has.
 lock: $(STAMP) ## resolve pyproject.toml anew into requirements.lock
 	@$(BIN)/python -m pip install --quiet uv
 	@$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --quiet --no-header --no-annotate $(LOCKFLAGS) \
-	  | grep -vE '^(nvidia-|cuda-|triton)' > requirements.lock.tmp
+	  | grep -vE '^(nvidia-|cuda-|triton|pip==)' > requirements.lock.tmp
 	@mv requirements.lock.tmp requirements.lock
+
+# The lock names every package, so that pip need not resolve anything; strict, since one that cannot be looked up proves nothing.
+AUDIT := pip-audit --requirement requirements.lock --no-deps --disable-pip --strict --progress-spinner off --desc off
+audit: $(STAMP) ## look requirements.lock up in the database of known vulnerabilities
+	@$(AUDIT) $(AUDITFLAGS) 2>$(VENV)/audit.log && tail -n 1 $(VENV)/audit.log || { \
+	  grep '^Found ' $(VENV)/audit.log \
+	  || echo "audit: not done, the database of vulnerabilities gave no answer: $$(tail -n 1 $(VENV)/audit.log)" >&2; \
+	  exit 1; }
 
 clean: ## remove .venv and caches; data, models, reports and MLflow stay
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build

@@ -366,7 +366,7 @@ def policy_from_json(text: str) -> A.Compose:
         with warnings.catch_warnings(), without_torch():
             warnings.simplefilter("ignore")
             return A.from_dict(json.loads(text))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(
             f"policy.json: not a policy of this version ({_line(error)}); run the augment stage again"
         ) from error

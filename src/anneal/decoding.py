@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,13 @@ UPRIGHT = {
 """EXIF orientation to what turns the picture upright."""
 
 ORIENTATION_TAG = 0x0112
+TILE_TAGS = (322, 323)
+
+MAX_SCANS = 100
+"""Of a JPEG; each passes over the whole picture, so that a few kilobytes could take hours. Encoders write about 10."""
+
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+"""What is no compressed data: a stuffed zero, a restart and a fill byte are."""
 
 
 def decode(data: bytes, *, max_pixels: int) -> Pixels:
@@ -60,8 +68,10 @@ def decode(data: bytes, *, max_pixels: int) -> Pixels:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
-            if width * height > max_pixels:
-                raise _Refusal(f"{width} x {height} pixels, more than data.max_pixels ({max_pixels})")
+            check_pixels(width, height, max_pixels)
+            check_pixels(*_tile(image), max_pixels)
+            if image.format in ("JPEG", "MPO") and _num_scans(data) > MAX_SCANS:
+                raise _Refusal(f"a JPEG of more than {MAX_SCANS} scans")
             image.load()
             return _to_array(_turn_upright(image))
     except _Refusal:
@@ -74,6 +84,41 @@ def decode(data: bytes, *, max_pixels: int) -> Pixels:
 
 class _Refusal(ValueError):
     """A refusal of ours, passed on as it is."""
+
+
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Check the size of a picture before memory is taken for it.
+
+    Raises
+    ------
+    ValueError
+        It has more than ``max_pixels``.
+    """
+    if width * height > max_pixels:
+        raise _Refusal(f"{width} x {height} pixels, more than data.max_pixels ({max_pixels})")
+
+
+def _tile(image: Image.Image) -> tuple[int, int]:
+    """Return the size of a TIFF's tiles, which may be larger than the picture; otherwise the picture's."""
+    tags = getattr(image, "tag_v2", {})
+    width, height = (tags.get(tag) for tag in TILE_TAGS)
+    return (width, height) if isinstance(width, int) and isinstance(height, int) else image.size
+
+
+def _num_scans(data: bytes) -> int:
+    """Count the scans of a JPEG's main picture, those of a thumbnail or of what follows it not included."""
+    if data.count(b"\xff\xda") <= MAX_SCANS:
+        return 0
+    scans, place = 0, 2
+    while match := JPEG_MARKER.search(data, place):
+        place = match.end()
+        marker = match[0][1]
+        if marker == 0xD9:
+            break
+        scans += marker == 0xDA
+        if marker != 0x01:
+            place += int.from_bytes(data[place : place + 2], "big")
+    return scans
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:

@@ -6,6 +6,7 @@ import difflib
 import errno
 import json
 import math
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,13 @@ MEMBER_SECTIONS = (
 """What an entry of ``ensemble.members`` may override: the seed and any training section."""
 
 
+MAX_BYTES = 2**20
+MAX_VALUES = 20_000
+MAX_DEPTH = 50
+MAX_BITS = 1024
+"""What a params file may hold: its size, its values with aliases followed, their nesting, the bits of a whole number."""
+
+
 class UserError(ValueError):
     """A mistake of the user, or a fault of their machine: printed as it is, without a traceback, exit code 1."""
 
@@ -41,7 +49,7 @@ class ParamsError(UserError):
     """Faults in params.yaml, all reported at once, one line each."""
 
     def __init__(self, faults: Sequence[str], path: str = "params.yaml") -> None:
-        self.faults = list(dict.fromkeys(faults))
+        self.faults = list(dict.fromkeys(map(one_line, faults)))
         super().__init__("\n".join(f"{path}: {fault}" for fault in self.faults))
 
 
@@ -86,21 +94,71 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
 
     try:
         with open(path, encoding="utf-8") as file:
-            values = YAML(typ="safe", pure=True).load(file)
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise UserError(f"{path}: more than {MAX_BYTES:,} characters, allowed: at most so many")
+        yaml = YAML(typ="safe", pure=True)
+        node = yaml.compose(text)
+        if fault := _extent_fault(node):
+            raise UserError(f"{path}: {fault}")
+        values = None if node is None else yaml.constructor.construct_document(node)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run from the folder that holds dvc.yaml") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = " ".join(str(error.problem or "not YAML").split())
-        raise UserError(f"{path}{where}: {problem}") from None
+        raise UserError(f"{path}{where}: {without_addresses(problem)}") from None
     except YAMLError as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{path}: {one_line(without_addresses(' '.join(str(error).split()))[:300])}") from None
+    except UserError:
+        raise
+    except RecursionError:
+        raise UserError(f"{path}: nested too deep, allowed: {MAX_DEPTH} levels") from None
+    except Exception as error:  # ruamel raises nearly anything on a value that is not what its form or tag says
+        raise UserError(
+            f"{path}: a value that is not what it looks like: {one_line(without_addresses(str(error)))[:200]}"
+        ) from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a mapping of sections, found {_shown(values)}")
+        raise UserError(f"{path}: expected a mapping of sections, found {one_line(_shown(values))}")
+    if any(isinstance(value, int) and value.bit_length() > MAX_BITS for value in _leaves(values)):
+        raise UserError(f"{path}: a whole number of more than {MAX_BITS} bits")
     return values
+
+
+def _extent_fault(node: Any) -> str:
+    """Say what is too much in a tree of YAML nodes; aliases may make an endless one of a few lines."""
+    pending, count = [(node, 0)], 0
+    while pending:
+        node, depth = pending.pop()
+        count += 1
+        if count > MAX_VALUES or depth > MAX_DEPTH:
+            return f"more than {MAX_VALUES:,} values or {MAX_DEPTH} levels, aliases followed; allowed: at most so many"
+        if isinstance(getattr(node, "value", None), list):
+            for child in node.value:
+                pending.extend((below, depth + 1) for below in (child if isinstance(child, tuple) else (child,)))
+    return ""
+
+
+def _leaves(values: Any) -> Iterator[Any]:
+    if isinstance(values, Mapping | list):
+        for value in values.values() if isinstance(values, Mapping) else values:
+            yield from _leaves(value)
+    else:
+        yield values
+
+
+def one_line(text: str) -> str:
+    r"""Return a text with every character that a terminal would not print as its escape.
+
+    >>> one_line("a\nb")
+    'a\\nb'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def load(path: Path | str = "params.yaml", schema: Path | str = "params.schema.json") -> dict[str, Any]:
@@ -230,15 +288,29 @@ def _shown(value: Any) -> str:
     """Show a value as params.yaml would, shortened."""
     if isinstance(value, Mapping):
         return "a mapping" if value else "an empty mapping"
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    text = without_addresses(json.dumps(value, default=str, ensure_ascii=False))
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def without_addresses(text: str) -> str:
+    """Return ``text`` with what follows the scheme of an address left out, since it may hold a password.
+
+    >>> without_addresses('found "postgresql://me:secret@host/db"')
+    'found "postgresql://..."'
+    """
+    return re.sub(r"(\w://)[^\s\"']*", r"\1...", text)
 
 
 def _path(parts: Iterable[Any]) -> str:
     text = ""
     for part in parts:
-        text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else str(part))
+        text += f"[{part}]" if isinstance(part, int) else (f".{_short(part)}" if text else _short(part))
     return text
+
+
+def _short(part: Any) -> str:
+    text = str(part)
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 # ---- faults found by the JSON schema --------------------------------------------------------------------------------
@@ -280,7 +352,7 @@ def _schema_fault(error: Any, root: Mapping[str, Any]) -> list[str]:
         known = list(error.schema.get("properties", {}))
         extra = [key for key in error.instance if key not in known]
         prefix = f"{path}." if path else ""
-        return [_unknown_key(f"{prefix}{key}", str(key), known) for key in extra]
+        return [_unknown_key(f"{prefix}{_short(key)}", str(key), known) for key in extra]
     if error.validator == "required":
         missing = [key for key in error.validator_value if key not in error.instance]
         return [

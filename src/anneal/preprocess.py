@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from anneal import splitting, statistics
 from anneal.decoding import as_channels, decode, resize
-from anneal.params import Strict, UserError
+from anneal.params import Strict, UserError, one_line
 from anneal.sources import Rejected, Source
 from anneal.spooling import Record, Work, fill
 from anneal.store import Sample, SplitWriter, finish, open_split
@@ -130,7 +130,7 @@ def build_store(
     UserError
         Nothing to train on, one class, a class too small, too much rejected, whitening of too many dimensions.
     """
-    _check_source(source)
+    planned_classes(source, val=val, test=test, limit=limit)  # what is certain to fail, fails before any decoding
     work = Work(size, fit, interpolation, max_pixels)
     _check_whitening(source, work, normalize)
     spool = folder / "spool"
@@ -173,7 +173,8 @@ def build_store(
 def _check_source(source: Source) -> None:
     if len(source.classes) < 2:
         found = f"one class, {source.classes[0]!r}" if source.classes else "no class"
-        raise UserError(f"data.path: found {found}, allowed: at least two")
+        first = f"; {_described(source.rejected[0])}" if source.rejected else ""
+        raise UserError(f"data.path: found {found}, allowed: at least two{first}")
 
 
 def _check_whitening(source: Source, work: Work, normalize: str) -> None:
@@ -184,10 +185,15 @@ def _check_whitening(source: Source, work: Work, normalize: str) -> None:
         statistics.check_dimensions(normalize, work.size, work.size, channels)
 
 
+def _described(rejected: Rejected) -> str:
+    name = rejected.source if len(rejected.source) <= 200 else rejected.source[:197] + "..."
+    return one_line(f"{name}: {rejected.reason}")
+
+
 def _check_rejected(rejected: Sequence[Rejected], num_good: int, max_rejected: float) -> None:
     total = len(rejected) + num_good
     if not num_good or len(rejected) > max_rejected * total:
-        first = "; ".join(f"{r.source}: {r.reason}" for r in rejected[:3])
+        first = "; ".join(map(_described, rejected[:3]))
         raise UserError(
             f"data.max_rejected: {len(rejected)} of {total} files ({len(rejected) / max(total, 1):.1%}) cannot be used, "
             f"allowed: {max_rejected:.1%}; {first}" + ("; ..." if len(rejected) > 3 else "")
@@ -258,7 +264,7 @@ def make_plan(
 def planned_classes(source: Source, *, val: float, test: float, limit: int | None = None) -> dict[str, dict[str, int]]:
     """Return how many images of each class each split would get if every file were usable and none a duplicate.
 
-    Decodes nothing, but walks through the source, which may mean reading a compressed archive.
+    Decodes nothing, and reads no image.
 
     Returns
     -------
@@ -271,7 +277,7 @@ def planned_classes(source: Source, *, val: float, test: float, limit: int | Non
         Nothing to train on, one class, a class too small, a limit below the number of classes.
     """
     _check_source(source)
-    places = [(item.label, item.split) for item in source]
+    places = list(source.places())
     labels, given = [label for label, _ in places], [split for _, split in places]
     splits = splitting.assign(labels, given, names=source.classes, seed=0, val=val, test=test)
     found = Counter(zip(splits, labels, strict=True))

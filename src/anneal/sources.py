@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import copy
 import csv
 import gzip
 import hashlib
@@ -13,7 +15,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
@@ -23,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from anneal.params import Strict, UserError, nearest
+from anneal.params import Strict, UserError, nearest, one_line
 
 Format = Literal["auto", "folder", "archive", "idx", "cifar", "table"]
 Pixels = npt.NDArray[np.uint8]
@@ -45,8 +47,19 @@ SPLIT_SYNONYMS = {
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
 NOT_DATA = ("Thumbs.db", "desktop.ini", "__MACOSX")
 TABLES = ("labels.csv", "labels.parquet")
+COLUMNS = ("path", "label", "split")
 CHECKSUMS = "MD5SUMS"
 MAX_FILE_BYTES = 512 * 2**20
+MAX_EXPANDED_BYTES = 2**30
+MAX_RATIO = 200
+"""A compressed file may expand to `MAX_EXPANDED_BYTES` or to so many times its size, whatever is more."""
+
+MAX_NAME_LENGTH = 4096
+MAX_HEADER_BYTES = 32 * 2**10
+"""Of one extended header in a tar; reading one takes memory with the square of its size."""
+
+MAX_LONE_FOLDERS = 32
+MAX_ROWS = 50_000_000
 BLOCK_BYTES = 4 * 2**20
 
 OUTS = tuple(map(Path, ("data/processed", "data/augmented", "models", "reports", "mlruns")))
@@ -63,7 +76,7 @@ class DataConfig(Strict):
     max_pixels: Annotated[int, Field(ge=1)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One labelled image of a source.
 
@@ -105,6 +118,10 @@ class Rejected:
     reason: str
 
 
+Place = tuple[str, str | None]
+"""Class and split of an image; no split where the source brings none."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Labelled images, read one after the other, in an order of the source's own.
@@ -121,6 +138,8 @@ class Source:
         Size of the encoded image files; 0 where the images are plain pixels.
     read
         Starts reading from the beginning.
+    places
+        Yields the class and the split of every item, in any order, without reading the images.
     rejected
         Files left out before any was decoded.
     """
@@ -130,6 +149,7 @@ class Source:
     num_items: int
     num_bytes: int
     read: Callable[[], Iterator[Item]]
+    places: Callable[[], Iterable[Place]]
     rejected: list[Rejected] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -169,17 +189,18 @@ def open_source(path: Path | str, format: str = "auto") -> Source:
     UserError
         There is nothing at ``path``, or nothing that is understood, or a file is damaged or not the one expected.
     """
+    _check_path(path)
     path = Path(path)
-    if not path.exists():
-        tracked = Path(f"{path}.dvc")
-        hint = f"; `dvc pull {tracked}` or `dvc update {tracked}` fetches it" if tracked.exists() else ""
+    if not os.path.exists(path):
+        tracked = f"{path}.dvc"
+        hint = f"; `dvc pull {tracked}` or `dvc update {tracked}` fetches it" if os.path.exists(tracked) else ""
         raise UserError(f"data.path: {path} does not exist{hint}")
     try:
         source = _open(path, format)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the system's: the content is not at fault
-        raise UserError(f"data.path: {path} is damaged: {' '.join(str(error).split())}") from None
+            raise UserError(f"data.path: {error.filename or path} cannot be read: {error.strerror}") from None
+        raise _damaged(path, error) from None
     if not len(source) and not source.rejected:
         raise UserError(
             f"data.path: there are no images in {path}; expected <class>/<image> or <train|val|test>/<class>/<image>, "
@@ -188,7 +209,22 @@ def open_source(path: Path | str, format: str = "auto") -> Source:
     return source
 
 
+def _check_path(path: Path | str) -> None:
+    if "\0" in os.fspath(path):
+        raise UserError("data.path: found a null byte, allowed: the path of a file or folder")
+
+
+def _damaged(path: Path, error: BaseException) -> UserError:
+    return UserError(f"data.path: {path} is damaged: {_reason(error)}")
+
+
+def _reason(error: BaseException) -> str:
+    return one_line(" ".join(str(error).split())[:200]) or type(error).__name__
+
+
 def _open(path: Path, format: str) -> Source:
+    if not path.is_dir() and not path.is_file():
+        raise UserError(f"data.path: {path} is no data set: not a regular file")  # reading a pipe may take forever
     kind = detect(path) if format == "auto" else format
     if (kind in ("folder", "idx", "cifar")) != path.is_dir() and not (kind == "table" and path.is_dir()):
         found = "a folder" if path.is_dir() else "a file"
@@ -204,8 +240,9 @@ def check_outs(path: Path | str, outs: Iterable[Path] = OUTS) -> None:
     UserError
         ``path`` is or holds one of ``outs``, or lies in one.
     """
+    _check_path(path)
     for out in outs:
-        inner, outer = out.resolve(), Path(path).resolve()
+        inner, outer = Path(os.path.realpath(out)), Path(os.path.realpath(path))
         if inner.is_relative_to(outer) or outer.is_relative_to(inner):
             raise UserError(
                 f"data.path: {path} overlaps {out}, which the pipeline writes; move the images to a folder of their own"
@@ -229,7 +266,7 @@ def detect(path: Path) -> str:
         return "table" if any(name in names for name in TABLES) else "folder"
     if path.suffix.lower() in (".csv", ".parquet"):
         return "table"
-    if path.is_file() and (zipfile.is_zipfile(path) or tarfile.is_tarfile(path)):
+    if path.is_file() and (zipfile.is_zipfile(path) or _is_tar(path)):
         return "archive"
     raise UserError(
         f"data.path: {path} is no data set; allowed: a folder, a zip or tar archive, an IDX or CIFAR binary folder, "
@@ -251,12 +288,39 @@ def read_file(path: Path | str) -> bytes:
         It cannot be read.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
         _check_size(status.st_size)
-        return file.read()
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def _check_regular(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise UserError(f"data.path: {path}: not a regular file")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return read_file(path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"data.path: {path}: not UTF-8 text") from None
+    except ValueError as error:
+        raise UserError(f"data.path: {path}: {error}") from None
+
+
+def _check_expansion(path: Path, size: int) -> None:
+    """Refuse a compressed file that expands to ``size`` bytes or more, where no images do."""
+    limit = max(MAX_EXPANDED_BYTES, MAX_RATIO * path.stat().st_size)
+    if size > limit:
+        raise UserError(
+            f"data.path: {path} expands to more than {limit:,} bytes; allowed: {MAX_EXPANDED_BYTES:,}, or "
+            f"{MAX_RATIO} times the size of the file; unpack it and give the folder if that is right"
+        )
 
 
 def _check_size(size: int) -> None:
@@ -300,7 +364,7 @@ def list_folder(root: Path) -> Files:
                 pending.append((name + "/", entry.path))
             elif entry.is_symlink() and not os.path.realpath(entry.path).startswith(inside + os.sep):
                 rejected.append(Rejected(name, "a link out of the data folder"))
-            elif not entry.is_file():
+            elif not os.path.isfile(entry.path):  # entry.is_file() raises on a loop of links
                 rejected.append(Rejected(name, "not a regular file"))
             else:
                 paths[name], sizes[name] = entry.path, entry.stat().st_size
@@ -317,15 +381,29 @@ def list_archive(path: Path) -> Files:
     """List the members of a zip or tar archive (compressed or not), to be read without unpacking it to disk.
 
     Members that are no regular files, or whose names are absolute or hold ``..``, are rejected.
+
+    Raises
+    ------
+    UserError
+        It is damaged, or expands to more than any images would.
     """
-    return _list_zip(path) if zipfile.is_zipfile(path) else _list_tar(path)
+    try:
+        return _list_tar(path) if _is_tar(path) else _list_zip(path)
+    except UserError:
+        raise
+    except Exception as error:  # zipfile and tarfile raise nearly anything on damaged files
+        if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+            raise  # the system's: the content is not at fault
+        raise _damaged(path, error) from None
 
 
-def _member_name(name: str) -> str | None:
-    """Return a member's name without ``./``, or None where it leads out of the archive."""
+def _member_name(name: str) -> tuple[str, str]:
+    """Return a member's name without ``./``, and why it is left out, if it is."""
     if name.startswith("/") or ".." in name.split("/") or re.match(r"[A-Za-z]:/", name):
-        return None
-    return "/".join(part for part in printable(name).split("/") if part not in ("", "."))
+        return printable(name), "leads out of the archive"
+    if len(name) > MAX_NAME_LENGTH:
+        return printable(name), f"a name of {len(name):,} characters, more than the {MAX_NAME_LENGTH:,} of any file"
+    return "/".join(part for part in printable(name).split("/") if part not in ("", ".")), ""
 
 
 def _list_zip(path: Path) -> Files:
@@ -333,11 +411,12 @@ def _list_zip(path: Path) -> Files:
     sizes: dict[str, int] = {}
     folders, rejected = [], []
     with zipfile.ZipFile(path) as archive:
+        _check_expansion(path, sum(info.file_size for info in archive.infolist()))
         for info in archive.infolist():
-            name = _member_name(info.filename.replace("\\", "/"))
+            name, reason = _member_name(info.filename.replace("\\", "/"))
             kind = stat.S_IFMT(info.external_attr >> 16) if info.create_system == 3 else 0
-            if name is None:
-                rejected.append(Rejected(printable(info.filename), "leads out of the archive"))
+            if reason:
+                rejected.append(Rejected(printable(info.filename), reason))
             elif _hidden(name) or not name:
                 continue
             elif info.is_dir():
@@ -364,11 +443,33 @@ def _zip(path: str, modified: int) -> zipfile.ZipFile:  # noqa: ARG001 - part of
 
 def _read_zip_member(path: str, member: str) -> bytes:
     archive = _zip(path, os.stat(path).st_mtime_ns)  # each process keeps its own open: listing a large zip takes long
-    _check_size(archive.getinfo(member).file_size)
+    info = archive.getinfo(member)
+    _check_size(info.file_size)
     try:
-        return archive.read(member)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"cannot be read from the archive: {error}") from None
+        return _unzip(archive, info)
+    except Exception as error:  # zipfile raises nearly anything on damaged files
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"cannot be read from the archive: {_reason(error)}") from None
+
+
+def _unzip(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """Read a member in memory of the size that it states, plus some, whatever it expands to."""
+    if info.compress_type == zipfile.ZIP_BZIP2:  # zipfile expands all that it has read: a few bytes may hold gigabytes
+        stored = copy.copy(info)
+        stored.compress_type, stored.file_size = zipfile.ZIP_STORED, info.compress_size
+        stored.CRC = None  # type: ignore[assignment] # it is of the content
+        with archive.open(stored) as file:
+            data = bz2.BZ2Decompressor().decompress(file.read(), info.file_size)
+        if len(data) < info.file_size or zlib.crc32(data) != info.CRC:
+            raise zipfile.BadZipFile(f"Bad CRC-32 for file {info.filename!r}")
+        return data
+    parts = []
+    step = 2**20 if info.compress_type == zipfile.ZIP_DEFLATED else 4096
+    with archive.open(info) as file:
+        while part := file.read(step):
+            parts.append(part)
+    return b"".join(parts)
 
 
 class _TarInfo(tarfile.TarInfo):
@@ -379,11 +480,28 @@ class _TarInfo(tarfile.TarInfo):
         if len(buf) < tarfile.BLOCKSIZE:
             raise tarfile.ReadError("it ends too soon, without the end mark of a tar archive")
         try:
-            return super().frombuf(buf, encoding, errors)
+            member = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
             if not any(buf):
                 raise  # the end mark
             raise tarfile.ReadError(f"a member's header: {error}") from None
+        if member.size < 0:
+            raise tarfile.ReadError(f"a member of {member.size} bytes")
+        if member.type in EXTENSIONS and member.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(
+                f"an extended header of {member.size:,} bytes, more than the {MAX_HEADER_BYTES:,} that are read"
+            )
+        return member
+
+
+EXTENSIONS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+"""Members of a tar that describe the next, which tarfile reads whole into memory."""
 
 
 def _list_tar(path: Path) -> Files:
@@ -391,10 +509,16 @@ def _list_tar(path: Path) -> Files:
     folders, rejected = [], []
     with tarfile.open(path, tarinfo=_TarInfo) as archive:
         compressed = not _is_plain_tar(path)
+        end = 0
         for member in archive:
-            name = _member_name(member.name)
-            if name is None:
-                rejected.append(Rejected(printable(member.name), "leads out of the archive"))
+            if member.size < 0 or member.offset_data < end:  # an extended header may give a size too
+                raise tarfile.ReadError(f"a member of {member.size} bytes at {member.offset_data}")
+            end = member.offset_data
+            if compressed:
+                _check_expansion(path, end + member.size)
+            name, reason = _member_name(member.name)
+            if reason:
+                rejected.append(Rejected(printable(member.name), reason))
             elif _hidden(name) or not name:
                 continue
             elif member.isdir():
@@ -405,8 +529,8 @@ def _list_tar(path: Path) -> Files:
                 places[name] = (member.offset_data, member.size)
         if compressed:
             assert archive.fileobj is not None
-            while archive.fileobj.read(BLOCK_BYTES):
-                pass  # a checksum of the whole stands at its end
+            while archive.fileobj.read(BLOCK_BYTES):  # a checksum of the whole stands at its end
+                _check_expansion(path, archive.fileobj.tell())
     names = sorted(places)
 
     def by_offset() -> Iterator[tuple[str, Callable[[], bytes]]]:
@@ -414,10 +538,14 @@ def _list_tar(path: Path) -> Files:
             yield name, partial(_read_range, os.fspath(path), *places[name])
 
     def in_sequence() -> Iterator[tuple[str, bytes | Callable[[], bytes]]]:
-        with tarfile.open(path, "r|*") as archive:
+        # Not "r|*", which reads the first stream of several alone, and expands all that it has read at once.
+        with (
+            tarfile.open(path, tarinfo=_TarInfo) as whole,
+            tarfile.open(fileobj=_rewound(whole), mode="r|", tarinfo=_TarInfo) as archive,
+        ):
             for member in archive:
-                name = _member_name(member.name)
-                if name is None or places.get(name) != (member.offset_data, member.size):
+                name, _ = _member_name(member.name)
+                if places.get(name) != (member.offset_data, member.size):
                     continue
                 if member.size > MAX_FILE_BYTES:
                     yield name, partial(_refuse_size, member.size)
@@ -430,11 +558,26 @@ def _list_tar(path: Path) -> Files:
     return Files(sizes, folders, in_sequence if compressed else by_offset, rejected)
 
 
+def _rewound(archive: tarfile.TarFile) -> BinaryIO:
+    assert archive.fileobj is not None
+    archive.fileobj.seek(0)
+    return cast(BinaryIO, archive.fileobj)
+
+
+def _is_tar(path: Path) -> bool:
+    return _opens(path, "r:*")
+
+
 def _is_plain_tar(path: Path) -> bool:
+    return _opens(path, "r:")
+
+
+def _opens(path: Path, mode: Literal["r:", "r:*"]) -> bool:
+    """Tell whether a tar opens; not by `tarfile.is_tarfile`, whose headers may take any memory."""
     try:
-        with tarfile.open(path, "r:"):
+        with tarfile.open(path, mode, tarinfo=_TarInfo):
             return True
-    except tarfile.ReadError:
+    except tarfile.TarError:
         return False
 
 
@@ -479,8 +622,11 @@ def _by_class_folder(format: str, files: Files, path: Path) -> Source:
                 split, label = places[name]
                 yield Item(name, label, split, content)
 
+    def labels() -> Iterator[Place]:
+        return ((label, split) for split, label in places.values())
+
     num_bytes = sum(files.sizes[name] for name in places)
-    return Source(format, sorted(classes), len(places), num_bytes, read, rejected)
+    return Source(format, sorted(classes), len(places), num_bytes, read, labels, rejected)
 
 
 def _parts(name: str) -> tuple[str, ...]:
@@ -498,6 +644,8 @@ def _layout(files: Files, path: Path) -> tuple[tuple[str, ...], bool]:
             parts[depth] for parts in map(_parts, files.folders) if len(parts) > depth and parts[:depth] == prefix
         }
         if len(tops) != 1 or tops & set(SPLITS) or any(len(parts) < 3 for parts in below) or not below:
+            break
+        if depth == MAX_LONE_FOLDERS:
             break
         prefix += tuple(tops)
     splits = {parts[0] for parts in below if parts[0] in SPLITS and len(parts) > 2}
@@ -535,31 +683,54 @@ def _read_table(path: Path) -> Source:
         if len(found) != 1:
             raise UserError(f"data.path: {path}: expected one table, {' or '.join(TABLES)}")
         path = found[0]
+        _check_regular(path)
     rows = _parquet_rows(path) if path.suffix.lower() == ".parquet" else _csv_rows(path)
     if not rows:
         raise UserError(f"data.path: {path} has no rows; expected one an image below the line of column names")
     root = os.path.realpath(path.parent)
+    real_folder = lru_cache(maxsize=10_000)(os.path.realpath)  # each row's own would take minutes for a million
     items, rejected, unsplit, num_bytes = [], [], 0, 0
     for line, (file, label, split) in enumerate(rows, start=2):
         where = f"data.path: {path}, row {line}"
         if split and split not in SPLITS:
-            raise UserError(f"{where}: split is {split!r}, allowed: train, val, test{nearest(split, SPLITS)}")
+            raise UserError(f"{where}: split is {split[:60]!r}, allowed: train, val, test{nearest(split, SPLITS)}")
         unsplit += not split
         if "\0" in file:
             rejected.append(Rejected(file.replace("\0", r"\0"), "a null byte in the path"))
             continue
-        target = os.path.realpath(os.path.join(root, file))
+        target, size = _target(root, file, real_folder)
         if not file or not label:
             rejected.append(Rejected(file or f"{path.name}, row {line}", "no label" if file else "no path"))
         elif not target.startswith(root + os.sep):
             rejected.append(Rejected(file, "outside the table's folder"))
         else:
             items.append(Item(str(PurePosixPath(file)), label, split or None, partial(read_file, target)))
-            num_bytes += os.path.getsize(target) if os.path.exists(target) else 0
+            num_bytes += size
     if unsplit not in (0, len(items) + len(rejected)):
         raise UserError(f"data.path: {path}: {unsplit} rows have no split, others do; fill all or leave the column out")
     items.sort(key=lambda item: (item.file, item.label))
-    return Source("table", sorted({item.label for item in items}), len(items), num_bytes, lambda: iter(items), rejected)
+    classes = sorted({item.label for item in items})
+
+    def labels() -> Iterator[Place]:
+        return ((item.label, item.split) for item in items)
+
+    return Source("table", classes, len(items), num_bytes, lambda: iter(items), labels, rejected)
+
+
+def _target(root: str, file: str, real_folder: Callable[[str], str]) -> tuple[str, int]:
+    """Return where a table's path leads, links followed, and the size of what is there, 0 for nothing."""
+    path = os.path.join(root, file)
+    folder, name = os.path.split(path)
+    if name not in ("", ".", ".."):
+        path = os.path.join(real_folder(folder), name)
+        try:
+            status = os.lstat(path)
+        except OSError:
+            return path, 0
+        if not stat.S_ISLNK(status.st_mode):
+            return path, status.st_size
+    path = os.path.realpath(path)
+    return path, os.path.getsize(path) if os.path.exists(path) else 0
 
 
 Row = tuple[str, str, str]
@@ -568,9 +739,11 @@ Row = tuple[str, str, str]
 def _csv_rows(path: Path) -> list[Row]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            _check_columns(path, reader.fieldnames or [])
-            return [_row(row) for row in reader]
+            reader = csv.reader(file)
+            names = next(reader, [])
+            _check_columns(path, names)
+            places = [len(names) - 1 - names[::-1].index(key) if key in names else None for key in COLUMNS]
+            return [_csv_row(row, places) for row in reader if row]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"data.path: {path} is no CSV table in UTF-8: {error}") from None
 
@@ -580,28 +753,39 @@ def _parquet_rows(path: Path) -> list[Row]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
-    except pa.ArrowException as error:
-        raise UserError(f"data.path: {path} is no Parquet table: {str(error).splitlines()[0]}") from None
-    _check_columns(path, table.column_names)
-    return [
-        _row(row)
-        for row in table.select([c for c in ("path", "label", "split") if c in table.column_names]).to_pylist()
-    ]
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            _check_columns(path, columns)
+            if file.metadata.num_rows > MAX_ROWS:
+                raise UserError(f"data.path: {path} has {file.metadata.num_rows:,} rows, allowed: {MAX_ROWS:,}")
+            table = file.read([column for column in COLUMNS if column in columns])
+        return [_row(row) for row in table.to_pylist()]
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"data.path: {path} is no Parquet table: {_reason(error)}") from None
 
 
 def _check_columns(path: Path, columns: Iterable[str]) -> None:
     columns = list(columns)
+    shown = one_line(", ".join(map(str, columns))[:300])
     for column in ("path", "label"):
         if column not in columns:
             raise UserError(
-                f"data.path: {path} has no column {column!r}, its columns are {', '.join(map(str, columns)) or 'none'}; "
+                f"data.path: {path} has no column {column!r}, its columns are {shown or 'none'}; "
                 "expected: path, label and, where it brings splits, split"
             )
 
 
 def _row(row: dict[str, object]) -> Row:
-    file, label, split = ("" if row.get(key) is None else str(row[key]).strip() for key in ("path", "label", "split"))
+    file, label, split = ("" if row.get(key) is None else str(row[key]).strip() for key in COLUMNS)
+    return file, label, split
+
+
+def _csv_row(row: list[str], places: Sequence[int | None]) -> Row:
+    file, label, split = (row[i].strip() if i is not None and i < len(row) else "" for i in places)
     return file, label, split
 
 
@@ -632,12 +816,15 @@ def _read_idx(path: Path) -> Source:
         if labels is None:
             raise UserError(f"data.path: {path / other}: no such file beside {images.name}")
         for file in (images, labels):
+            _check_regular(file)
             _verify(file, checksums)
         shape = _idx_shape(images, ranks=(3, 4))
         (count,) = _idx_shape(labels, ranks=(1,))
         if count != shape[0]:
             raise UserError(f"data.path: {images.name} holds {shape[0]} images, {labels.name} {count} labels")
-        parts[split] = (images, next(_idx_blocks(labels, (count,), count)), shape)
+        _check_idx_size(labels, (count,))
+        _check_idx_size(images, shape)
+        parts[split] = (images, _idx_values(labels, count), shape)
     if "train" not in parts:
         hint = "; `dvc update` with the folder's .dvc files fetches them" if list(path.glob("*.dvc")) else ""
         raise UserError(f"data.path: {path} holds no train-images-idx3-ubyte file{hint}")
@@ -654,7 +841,10 @@ def _read_idx(path: Path) -> Source:
                     yield Item(images.name, names[labels[index]], split, image, index)
                     index += 1
 
-    return Source("idx", present, sum(shape[0] for _, _, shape in parts.values()), 0, read)
+    def places() -> Iterator[Place]:
+        return ((names[label], split) for split, (_, labels, _) in parts.items() for label in labels)
+
+    return Source("idx", present, sum(shape[0] for _, _, shape in parts.values()), 0, read, places)
 
 
 def _idx_open(path: Path) -> BinaryIO:
@@ -681,6 +871,16 @@ def _idx_shape(path: Path, ranks: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
+def _check_idx_size(path: Path, shape: tuple[int, ...]) -> None:
+    """Refuse a header that promises what the file cannot hold, before memory is taken for it."""
+    size = 4 + 4 * len(shape) + math.prod(shape)
+    if path.suffix == ".gz":
+        _check_expansion(path, size)
+    elif (there := path.stat().st_size) < size:
+        rows = max(0, there - 4 - 4 * len(shape)) // math.prod(shape[1:])
+        raise UserError(f"data.path: {path} is truncated: {shape[0]} rows promised, {rows} there")
+
+
 def _idx_blocks(path: Path, shape: tuple[int, ...], size: int) -> Iterator[Pixels]:
     """Yield blocks of at most ``size`` rows, and check that the file ends where its header says."""
     try:
@@ -701,11 +901,15 @@ def _idx_blocks(path: Path, shape: tuple[int, ...], size: int) -> Iterator[Pixel
         raise UserError(f"data.path: {path} is damaged: {error}") from None
 
 
+def _idx_values(path: Path, count: int) -> Pixels:
+    return np.concatenate([np.empty(0, np.uint8), *_idx_blocks(path, (count,), BLOCK_BYTES)])
+
+
 def _checksums(folder: Path) -> dict[str, str]:
     path = folder / CHECKSUMS
     if not path.exists():
         return {}
-    lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.split(maxsplit=1) for line in _read_text(path).splitlines() if line.strip()]
     return {line[1].lstrip("*"): line[0].lower() for line in lines if len(line) == 2}
 
 
@@ -724,7 +928,7 @@ def _verify(path: Path, checksums: dict[str, str]) -> None:
 def _class_names(folder: Path, files: Iterable[str], count: int) -> list[str]:
     for name in files:
         if (folder / name).exists():
-            names = [line.strip() for line in (folder / name).read_text(encoding="utf-8").splitlines() if line.strip()]
+            names = [line.strip() for line in _read_text(folder / name).splitlines() if line.strip()]
             if len(names) < count or len(set(names)) < len(names):
                 raise UserError(
                     f"data.path: {folder / name}: expected {count} different names, found {len(set(names))}"
@@ -753,6 +957,7 @@ def _read_cifar(path: Path) -> Source:
     records: dict[str, Pixels] = {}
     for name in files:
         length = CIFAR[name][1] + 3072
+        _check_regular(path / name)
         size = (path / name).stat().st_size
         if size % length or not size:
             raise UserError(f"data.path: {path / name}: {size} bytes are no whole number of {length}-byte records")
@@ -767,8 +972,11 @@ def _read_cifar(path: Path) -> Source:
                 pixels = np.array(array[index, -3072:]).reshape(3, 32, 32).transpose(1, 2, 0)
                 yield Item(name, names[label], CIFAR[name][0], np.ascontiguousarray(pixels), index)
 
+    def places() -> Iterator[Place]:
+        return ((names[label], CIFAR[name][0]) for name, values in labels.items() for label in values)
+
     present = sorted({names[label] for values in labels.values() for label in np.unique(values)})
-    return Source("cifar", present, sum(map(len, records.values())), 0, read)
+    return Source("cifar", present, sum(map(len, records.values())), 0, read, places)
 
 
 READERS: dict[str, Callable[[Path], Source]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -121,7 +122,8 @@ def check_classes(split: str, labels: Sequence[str], names: Sequence[str]) -> No
     UserError
         Names the classes that have none.
     """
-    missing = [name for name in names if name not in set(labels)]
+    present = set(labels)
+    missing = [name for name in names if name not in present]
     if missing:
         shown = ", ".join(map(repr, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise UserError(
@@ -169,8 +171,12 @@ def limited(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
         raise UserError(f"data.limit: found {limit}, allowed: at least one image for each of the {len(sizes)} classes")
     exact = {name: limit * size / total for name, size in sizes.items()}
     counts = {name: max(1, int(share)) for name, share in exact.items()}
-    while sum(counts.values()) > limit:
-        counts[max(counts, key=lambda name: counts[name])] -= 1
+    largest = [(-count, place, name) for place, (name, count) in enumerate(counts.items())]
+    heapq.heapify(largest)
+    for _ in range(sum(counts.values()) - limit):
+        count, place, name = largest[0]
+        counts[name] -= 1
+        heapq.heapreplace(largest, (count + 1, place, name))
     by_remainder = sorted(counts, key=lambda name: (counts[name] - exact[name], name))
     for name in by_remainder[: limit - sum(counts.values())]:
         counts[name] += 1

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from anneal.decoding import decode, resize
+from anneal.decoding import check_pixels, decode, resize
 from anneal.progress import progress
 from anneal.sources import Item, Rejected, Source
 
@@ -76,7 +76,11 @@ class Work:
     def _one(self, item: Item) -> Result:
         try:
             content = item.load()
-            image = content if isinstance(content, np.ndarray) else decode(content, max_pixels=self.max_pixels)
+            if isinstance(content, np.ndarray):
+                image = content
+                check_pixels(image.shape[1], image.shape[0], self.max_pixels)
+            else:
+                image = decode(content, max_pixels=self.max_pixels)
         except OSError as error:
             return Rejected(item.name, f"cannot be read: {error.strerror or error}")
         except ValueError as error:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -123,8 +123,9 @@ class Split:
         """Return samples.parquet as a list, in the order of the images."""
         import pyarrow.parquet
 
-        table = pyarrow.parquet.read_table(self.path / "samples.parquet")
-        return [Sample(**row) for row in table.to_pylist()]
+        path = self.path / "samples.parquet"
+        with _readable(path):
+            return [Sample(**row) for row in pyarrow.parquet.read_table(path).to_pylist()]
 
 
 @dataclass(frozen=True)
@@ -156,15 +157,41 @@ class Store:
         path = self.path / "statistics.npz"
         if not path.exists():
             return {}
-        with np.load(path, allow_pickle=False) as arrays:
+        with _readable(path), np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
 
 
 def open_split(folder: Path) -> Split:
     """Memory-map the split that a `SplitWriter` wrote to ``folder``."""
-    labels = np.load(folder / "labels.npy", allow_pickle=False)
-    shards = [np.load(path, mmap_mode="r", allow_pickle=False) for path in sorted(folder.glob("images-*.npy"))]
-    return Split(folder, shards, labels)
+    labels: Labels = _load(folder / "labels.npy")
+    return Split(folder, [_load(path, mmap_mode="r") for path in sorted(folder.glob("images-*.npy"))], labels)
+
+
+def _load(path: Path, mmap_mode: Literal["r"] | None = None) -> npt.NDArray[Any]:
+    """Return the numbers of a .npy file.
+
+    Raises
+    ------
+    UserError
+        It holds none, or is damaged.
+    """
+    with _readable(path):
+        array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("an archive of arrays, not one array")
+        return array
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Say of a file that numpy cannot read that it is damaged."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # numpy raises nearly anything on what is no file of its own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is damaged: {reason}; run `dvc checkout`, or delete it and run `dvc repro`") from None
 
 
 def open_store(path: Path | str) -> Store:
