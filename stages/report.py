@@ -33,6 +33,8 @@ def read(name: str) -> Any:
         return json.loads((REPORTS / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise params.UserError(f"{REPORTS / name}: no such file; run `dvc repro report`") from None
+    except ValueError as error:
+        raise params.UserError(f"{REPORTS / name} is damaged ({error}); run `dvc checkout`") from None
 
 
 def main() -> None:

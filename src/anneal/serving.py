@@ -23,7 +23,7 @@ from anneal import views
 from anneal.calibration import apply_temperature
 from anneal.decoding import as_channels, decode, resize
 from anneal.ensemble import COMBINE, Floats
-from anneal.params import UserError
+from anneal.params import UserError, one_line
 from anneal.sources import list_archive, list_folder, printable, read_file
 from anneal.store import Images
 
@@ -150,7 +150,7 @@ def load_predictor(root: Path | str = Path("."), device: str = "cpu") -> Predict
     Raises
     ------
     UserError
-        Nothing was exported yet, a member is missing, or members differ in classes or geometry.
+        Nothing was exported yet, a file is missing or damaged, or members differ in classes or geometry.
     """
     from anneal.models.build import load_classifier
 
@@ -158,10 +158,20 @@ def load_predictor(root: Path | str = Path("."), device: str = "cpu") -> Predict
     path = root / "reports" / "evaluation" / "predictor.json"
     try:
         exported = json.loads(path.read_text(encoding="utf-8"))
+        members, parsed_views = list(exported["members"]), views.parse_views(exported["views"])
+        average, combine, temperature = exported["average"], exported["combine"], float(exported["temperature"])
+        if not members:
+            raise ValueError("it names no member")
     except FileNotFoundError:
         raise UserError(f"{path}: no exported predictor; run `dvc repro` first") from None
-    loaded = {name: load_classifier(root / "models" / name, folded=True) for name in exported["members"]}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{path}: damaged ({reason}); run `dvc checkout` or `dvc repro evaluate`") from None
+    loaded = {name: load_classifier(root / "models" / name, folded=True) for name in members}
     models = [model for _, model in loaded.values()]
+    for name, model in zip(loaded, models, strict=True):
+        if lacking := [key for key in ("classes", "preprocessing") if key not in model]:
+            raise UserError(f"models/{name}: model.json has no {lacking[0]}; run `dvc checkout` or train again")
     first = models[0]
     geometry = {key: first["normalization"][key] for key in ("height", "width", "channels")}
     for name, (_, model) in loaded.items():
@@ -173,10 +183,10 @@ def load_predictor(root: Path | str = Path("."), device: str = "cpu") -> Predict
         **geometry,
         preprocessing=first["preprocessing"],
         classifiers=[classifier.to(device) for classifier, _ in loaded.values()],
-        parsed_views=views.parse_views(exported["views"]),
-        average=exported["average"],
-        combine=exported["combine"],
-        temperature=exported["temperature"],
+        parsed_views=parsed_views,
+        average=average,
+        combine=combine,
+        temperature=temperature,
     )
 
 
@@ -199,6 +209,8 @@ def _contents(paths: Iterable[Path | str]) -> Iterator[tuple[str, bytes | Callab
                 yield f"{shown}/{rejected.source}".rstrip("/"), rejected.reason
             for name, content in files.stream():
                 yield f"{shown.rstrip('/')}/{name}", content
+        except UserError as error:
+            yield shown, str(error).removeprefix(f"data.path: {given} ")
         except DAMAGED as error:
             yield shown, f"is damaged ({' '.join(str(error).split())[:200] or type(error).__name__})"
 
@@ -229,7 +241,8 @@ def predictions_table(
     """
     if csv:
         yield _csv_line(["source", "predicted", *(f"prob_{name}" for name in classes)])
-    width = max(len(name) for name in classes)
+    shown = [one_line(name) for name in classes]  # a name could otherwise command the terminal
+    width = max(map(len, shown))
     for prediction in predictions:
         if prediction.probabilities is None:
             continue
@@ -237,8 +250,8 @@ def predictions_table(
         if csv:
             yield _csv_line([prediction.source, classes[best[0]], *map(float, prediction.probabilities)])
         else:
-            labels = [f"{classes[index]:<{width}}  {prediction.probabilities[index]:.4f}" for index in best]
-            yield "  ".join([*labels, prediction.source])
+            labels = [f"{shown[index]:<{width}}  {prediction.probabilities[index]:.4f}" for index in best]
+            yield "  ".join([*labels, one_line(prediction.source)])
 
 
 def print_predictions(
@@ -264,7 +277,7 @@ def print_predictions(
             count += 1
             if prediction.error is not None:
                 failed += 1
-                print(f"{prediction.source}: {prediction.error}", file=sys.stderr)
+                print(one_line(f"{prediction.source}: {prediction.error}"), file=sys.stderr)
             yield prediction
 
     for line in predictions_table(reported(), predictor.classes, csv=csv, top=top):

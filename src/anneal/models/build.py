@@ -268,7 +268,7 @@ def load_classifier(folder: Path | str, *, folded: bool = False) -> tuple[Classi
         weights = load_file(folder / "weights.safetensors")
     except FileNotFoundError:
         raise UserError(f"{folder}: no trained member here; run `dvc repro train@{folder.name}` first") from None
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except (ValueError, RecursionError, SafetensorError) as error:  # no JSON or not even text; no safetensors
         raise UserError(f"{folder}: damaged ({error}); run `dvc checkout` or train again") from None
     try:
         classifier = build_classifier(model["architecture"], model["normalization"], None)

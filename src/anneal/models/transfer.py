@@ -92,7 +92,7 @@ def read_member(path: str) -> tuple[dict[str, Any], bytes]:
         kinds = model["architecture"]["name"], model["normalization"]["kind"], model["classes"]
         if [type(kind) for kind in kinds] != [str, str, list]:
             raise TypeError("not the values of a classifier")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(damaged.format("model.json", _reason(error))) from None
     try:
         deserialize(weights)

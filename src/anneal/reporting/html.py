@@ -21,6 +21,9 @@ img.pixels { image-rendering: pixelated; }
 pre { padding: .75rem; overflow-x: auto; border: 1px solid var(--line); border-radius: .25rem; font-size: .85rem; }
 """
 
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+"""What a browser may load for the page: no script runs, and nothing is fetched, whatever a class is named."""
+
 FIGURES = {
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
@@ -79,6 +82,7 @@ def render(
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f"<title>anneal report</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>anneal report</h1>\n{body}</body>\n</html>\n"
     )
 
@@ -145,9 +149,12 @@ def _data(data: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{data[name]:,} {name}" for name in splits)
     kind = "grey" if data["channels"] == 1 else "colour"
     rows = [[item["name"], *(item.get(split, 0) for split in splits)] for item in data["classes"]]
+    text = (
+        f"{counts} images of {data['num_classes']} classes, {data['height']}x{data['width']} {kind}; "
+        f"{data['num_rejected']} files rejected, {data['num_duplicates_removed']} duplicates removed."
+    )
     return (
-        f"<p>{counts} images of {data['num_classes']} classes, {data['height']}x{data['width']} {kind}; "
-        f"{data['num_rejected']} files rejected, {data['num_duplicates_removed']} duplicates removed.</p>\n"
+        f"<p>{escape(text)}</p>\n"
         f"<details><summary>Images of each class</summary>{_table(['class', *splits], rows)}</details>\n"
     )
 
