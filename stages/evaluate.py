@@ -6,6 +6,7 @@ from pathlib import Path
 
 from anneal import params, tracking
 from anneal.ensemble import EnsembleConfig
+from anneal.environment import torch_build
 from anneal.evaluation import EvaluateConfig, best_device, evaluate, headline, tracked, write_reports
 from anneal.store import open_store
 
@@ -38,6 +39,7 @@ def main() -> None:
             seed=values["seed"],
             device=best_device(values["hardware"]["accelerator"]),
         )
+        run.text("environment/torch.txt", torch_build())
         write_reports(found, REPORTS)
         metrics = tracked(found.figures)
         run.metrics(metrics)

@@ -1,4 +1,4 @@
-"""The few commands that are not stages: check, recipe, lr-range, microbatch, study, summary, prune, predict, ui."""
+"""The few commands that are not stages: check, recipe, lr-range, microbatch, study, diff, summary, prune, predict, sync, ui."""
 
 from __future__ import annotations
 
@@ -72,6 +72,16 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--fresh", action="store_true", help="forget the runs of an earlier, interrupted call")
     study.set_defaults(run=_study)
 
+    diff = commands.add_parser("diff", help="say what differs between two runs in MLflow: params, data, code, ...")
+    for letter in ("A", "B"):
+        diff.add_argument(
+            f"run_{letter.lower()}",
+            metavar=f"RUN_{letter}",
+            help="a run's id or name, a DVC experiment, a stage such as train@a, latest, latest~1",
+        )
+    diff.add_argument("--json", action="store_true", help="print JSON")
+    diff.set_defaults(run=_diff)
+
     summary = commands.add_parser("summary", help="print the figures of the last run and what to try next")
     summary.set_defaults(run=_summary)
 
@@ -83,6 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--csv", action="store_true", help="print CSV with all probabilities instead of a table")
     predict.add_argument("--top", type=int, default=1, metavar="K", help="labels shown an image (default 1)")
     predict.set_defaults(run=_predict)
+
+    sync = commands.add_parser("sync", help="send to MLflow what stages could not send; see docs/mlflow.md")
+    sync.add_argument("--moved", action="store_true", help="send what was meant for other addresses to this one too")
+    sync.set_defaults(run=_sync)
 
     ui = commands.add_parser("ui", help="open MLflow on localhost")
     ui.add_argument("--port", type=int, default=5000, metavar="N", help="default 5000")
@@ -377,6 +391,19 @@ def _study(options: argparse.Namespace) -> None:
     print(f"\nsee {folder}/figure.png, {folder}/results.csv and MLflow's run `study {study.name}`; docs/studies.md")
 
 
+# ---- diff -----------------------------------------------------------------------------------------------------------
+
+
+def _diff(options: argparse.Namespace) -> None:
+    from anneal.comparison import as_json, as_text, compare
+    from anneal.tracking.records import read_runs
+
+    tracking = params.load()["tracking"]
+    found = compare(*read_runs(tracking["uri"], tracking["experiment"], [options.run_a, options.run_b]))
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(as_json(found) if options.json else as_text(found, colour=colour))
+
+
 # ---- summary --------------------------------------------------------------------------------------------------------
 
 _FIGURES = {
@@ -444,6 +471,21 @@ def _predict(options: argparse.Namespace) -> None:
         raise UserError(f"--top: found {options.top}, allowed: a whole number >= 1")
     limit = params.load()["data"]["max_pixels"]
     print_predictions(load_predictor(Path(".")), options.paths, csv=options.csv, top=options.top, max_pixels=limit)
+
+
+# ---- sync -----------------------------------------------------------------------------------------------------------
+
+
+def _sync(options: argparse.Namespace) -> int:
+    from anneal.tracking import TrackingConfig
+    from anneal.tracking.sync import sync
+
+    # What else stands in params.yaml may be at fault by now: what is kept goes out all the same.
+    config = params.parse(params.read_yaml("params.yaml"), {"tracking": TrackingConfig})["tracking"]
+    kept = sync(config.uri, moved=options.moved)
+    if not kept:
+        print("nothing is kept: MLflow has it all")
+    return int(kept > 0)
 
 
 # ---- ui -------------------------------------------------------------------------------------------------------------
