@@ -11,17 +11,18 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
 STAGES = sorted(path.stem for path in (ROOT / "stages").glob("*.py") if path.stem != "__init__")
-EXEMPT = {"anneal", "anneal.tracking", "stages"}
+EXEMPT = {"anneal", "anneal.environment", "anneal.tracking", "stages"}
 """Modules that cannot change an out: dvc.yaml does not name them, and what they import is not followed."""
 
 LAYERS = [
-    {"params", "seeding", "progress"},
+    {"params", "seeding", "progress", "processes"},
     {"store"},
     {"sources", "decoding", "splitting", "spooling", "statistics", "preprocess"},
     {"models", "optimizers", "schedules", "batching", "augment", "transforms", "mixing", "diagnosis"},
     {"training"},
     {"views", "ensemble", "calibration", "metrics", "microbatch"},
     {"reporting", "serving", "evaluation"},
+    {"environment", "comparison"},
     {"tracking", "pyfunc"},
     {"conflicts", "recipe", "reference", "studies", "cli"},
 ]
@@ -69,7 +70,7 @@ def modules_of(stage: str) -> tuple[set[Path], set[str]]:
     seen: set[str] = set()
     while todo:
         module = todo.pop()
-        if module in seen or module in EXEMPT:
+        if module in seen or module in EXEMPT or module.startswith("anneal.tracking."):
             continue
         seen.add(module)
         path = file_of(module)
@@ -140,11 +141,12 @@ def test_only_training_imports_lightning_and_only_tracking_mlflow() -> None:
             assert relative.startswith("src/anneal/training/"), f"{relative} imports pytorch_lightning"
         if "mlflow" in packages:
             # pyfunc.py is the script that MLflow itself runs to build the logged model.
-            assert relative in ("src/anneal/tracking.py", "src/anneal/pyfunc.py"), f"{relative} imports mlflow"
+            ours = relative.startswith("src/anneal/tracking/") or relative == "src/anneal/pyfunc.py"
+            assert ours, f"{relative} imports mlflow"
         assert "lightning" not in packages, f"{relative} imports the other Lightning package"
         assert "torchvision" not in packages, f"{relative} imports torchvision"
-        # tracking.py tags a run with the hash that dvc.lock gives its outs, and cli.py mends dvc.lock.
-        assert "dvc" not in packages or relative in ("src/anneal/tracking.py", "src/anneal/cli.py"), relative
+        # tracking tags a run with the hash that dvc.lock gives its outs, and cli.py mends dvc.lock.
+        assert "dvc" not in packages or relative in ("src/anneal/tracking/names.py", "src/anneal/cli.py"), relative
 
 
 def layer(module: str) -> int:
@@ -196,6 +198,8 @@ def test_no_import_cycles() -> None:
 def test_init_files_hold_no_code() -> None:
     for path in [p for p in sources() if p.name == "__init__.py"]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
+        if path.parent.name == "tracking":  # which no stage's deps name: its __init__.py may give its names
+            tree.body = [n for n in tree.body if not isinstance(n, ast.ImportFrom | ast.Assign)]
         assert all(isinstance(n, ast.Expr) for n in tree.body), f"{path} holds code"
 
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from anneal.batching import epoch_order
 from tests.pipeline.conftest import make_clone, make_small
 from tests.test_batching import GROWING, LAST_WINDOWS, LOSSES, SIZES, STEPS, by_hand, relative_difference
+from tests.test_nan import GATED, brighten
 from tests.test_training import largest_difference, train, write_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +36,18 @@ BALANCED = {
     | {"l2": 1e-3, "max_norm": 1.0, "gradient_noise": {"std": 0.01, "decay": 0.55}, "gradient_clip_adaptive": 0.05},
 }
 AVERAGED = {"averaging": {"name": "ema", "ema": {"decay": 0.8}}, "trainer": {"restore_best": False}}
+# Windows of two microbatches at most: sums of two terms, which are the same whoever adds them up.
+PAIRS = {"batch": {"size": 32, "microbatch": 16}}
+SKIPPING = {
+    "model": GATED,
+    "regularization": {"label_smoothing": 0.1},
+    "trainer": AVERAGED["trainer"] | {"on_nan": "skip"},
+}
+TO_THE_BIT = {
+    "drawing pairs": (40, DRAWING | BALANCED | AVERAGED | {"batch": PAIRS["batch"] | {"sampling": "balanced"}}),
+    "drawing pairs AdamW": (25, DRAWING | AVERAGED | PAIRS | {"optimizer": {"name": "AdamW"}}),
+    "drawing skipping": ("white", AVERAGED | SKIPPING | PAIRS),
+}
 CASES = {
     **{f"{loss} {rest}": (rest, options | BATCH) for loss, options in LOSSES.items() for rest in LAST_WINDOWS},
     "grown": (40, LOSSES["penalised"] | GROWING),
@@ -41,14 +55,20 @@ CASES = {
     "drawing 6": (6, DRAWING | BATCH | AVERAGED),
     "drawing grown": (40, DRAWING | GROWING | BALANCED),
     "drawing recalibrated": (6, DRAWING | BATCH | RECALIBRATED),
+    **TO_THE_BIT,
 }
+PADDED = {"drawing pairs AdamW": 0}
+"""Microbatches that only keep a process in step; two where nothing is said."""
 # Of a last window two processes normalise 12 and 13 samples together, or 13 and none.
 SYNCED = {"synced 25": 25, "synced 13": 13}
+# The last case, after which the processes are of no further use.
+STOPPED = {"drawing stopped": ("white", SKIPPING | PAIRS | {"trainer": {"on_nan": "stop"}})}
 SCRIPT = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import pytorch_lightning as pl
 from safetensors.torch import save_file
+from anneal.params import UserError
 from tests.test_training import train
 
 class Seen(pl.Callback):
@@ -69,7 +89,10 @@ inputs, cases, out, devices = json.loads(sys.argv[1])
 for name, (rest, options) in cases.items():
     path = Path(out, name)
     options["trainer"] = {"epochs": 2, **options.get("trainer", {}), "threads": 1, "deterministic": True}
-    train([Path(p) for p in inputs[str(rest)]], path, callbacks=(Seen(path),), hardware={"devices": devices}, **options)
+    try:
+        train([Path(p) for p in inputs[rest]], path, callbacks=(Seen(path),), hardware={"devices": devices}, **options)
+    except UserError as error:
+        Path(f"{path}-{os.environ.get('LOCAL_RANK', '0')}.txt").write_text(str(error))
 """
 
 
@@ -78,10 +101,12 @@ def inputs(tmp_path_factory):
     root = tmp_path_factory.mktemp("inputs")
     flip = [{"HorizontalFlip": {"p": 0.5}}]
     stores = {}
-    for rest, num_train in LAST_WINDOWS.items():
+    for rest, num_train in {**LAST_WINDOWS, 25: 89, "white": 104}.items():
         for name, policy in ((f"{rest}", "none"), (f"{rest} flipped", flip)):
             (root / name).mkdir()
             stores[name] = write_inputs(root / name, num_train=num_train, policy=policy)
+    # In the second microbatch of the second step: of two processes the second one's.
+    brighten(stores["white flipped"][0], "train", epoch_order(104, 0, 0)[32 + 20])
     for name, rest in SYNCED.items():
         (root / name).mkdir()
         stores[name] = write_inputs(root / name, num_train=64 + rest)
@@ -97,6 +122,7 @@ def runs(inputs, tmp_path_factory):
         name: (f"{rest} flipped" if name.startswith("drawing") else f"{rest}", options)
         for name, (rest, options) in CASES.items()
     }
+    stopped = {name: (f"{rest} flipped", options) for name, (rest, options) in STOPPED.items()}
     paths = {name: [str(path) for path in pair] for name, pair in inputs.items()}
     train(inputs["40"], root / "start", model={"activation": "SiLU"}, trainer={"epochs": 1})
     digest = hashlib.sha256((root / "start" / "weights.safetensors").read_bytes()).hexdigest()
@@ -109,7 +135,7 @@ def runs(inputs, tmp_path_factory):
         # One process needs microbatches as large as what two normalise together.
         batch = {"size": 64, "microbatch": 32 // devices}
         norm = {"activation": "SiLU", "norm": {"batch": {"sync": devices == 2}}}
-        here = cases | {name: (name, {"model": norm, "batch": batch}) for name in SYNCED}
+        here = cases | {name: (name, {"model": norm, "batch": batch}) for name in SYNCED} | stopped
         argument = json.dumps([paths, here, str(out), devices])
         command = [sys.executable, str(root / "script.py"), argument]
         done = subprocess.run(
@@ -157,22 +183,41 @@ def test_steps_rates_and_sizes_are_exactly_the_same(runs, name):
 @pytest.mark.parametrize("name", CASES)
 def test_weights_and_running_statistics_are_the_same(runs, name):
     one, two = state(runs, 1, name), state(runs, 2, name)
-    assert largest_difference(one, two) < 1e-5
+    agree(name, one, two)
     assert all(torch.equal(a, b) for a, b in zip(two.values(), state(runs, 2, name, rank=1).values(), strict=True))
     if name.startswith("drawing"):
         counts = [value.item() for key, value in two.items() if key.endswith("num_batches_tracked")]
-        assert counts and set(counts) == {int(history(runs, 2, name)[-1]["step"])}
+        made = int(history(runs, 2, name)[-1]["step"]) - (2 if name == "drawing skipping" else 0)
+        assert counts and set(counts) == {made}
 
 
-def test_averages_and_their_figures_are_the_same(runs):
+@pytest.mark.parametrize("name", ["drawing 6", *TO_THE_BIT])
+def test_averages_and_their_figures_are_the_same(runs, name):
     """Each process averages by itself; the last epoch's, with the statistics that are recalibrated for it."""
-    one, two = (load_file(runs / f"{n}" / "drawing 6" / "averages" / "ema.safetensors") for n in (1, 2))
-    assert largest_difference(one, two) < 1e-5
-    assert largest_difference(two, state(runs, 2, "drawing 6")) > 1e-4
+    one, two = (load_file(runs / f"{n}" / name / "averages" / "ema.safetensors") for n in (1, 2))
+    agree(name, one, two)
+    assert largest_difference(two, state(runs, 2, name)) > 1e-4
     for column in ("val_average_loss", "val_average_accuracy"):
-        assert [float(row[column]) for row in history(runs, 2, "drawing 6")] == pytest.approx(
-            [float(row[column]) for row in history(runs, 1, "drawing 6")], rel=1e-5
+        assert [float(row[column]) for row in history(runs, 2, name)] == pytest.approx(
+            [float(row[column]) for row in history(runs, 1, name)], rel=1e-5
         )
+
+
+def agree(name, one, two):
+    """To the bit, batch normalisation's statistics too, where sums have two terms; else to rounding."""
+    if name in TO_THE_BIT:
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    else:
+        assert largest_difference(one, two) < 2e-6
+
+
+def test_processes_stop_together_and_say_the_same(runs):
+    """Though only the second one has seen what is not finite."""
+    (name,) = STOPPED
+    messages = [(runs / f"{n}" / f"{name}-{rank}.txt").read_text() for n, rank in ((1, 0), (2, 0), (2, 1))]
+    assert len(set(messages)) == 1
+    assert "the loss is nan (not finite first: the output of layer module.0.1) in epoch 1, step 2, at" in messages[0]
+    assert not any((runs / f"{n}" / name).exists() for n in (1, 2))
 
 
 @pytest.mark.parametrize("name", SYNCED)
@@ -209,7 +254,7 @@ def test_microbatches_are_the_same(runs, name):
     padding = [key for key in found if key not in expected]
     assert all(key in {tuple(row[:2]) for row in ranks[1]} for key in padding)
     if "grown" not in name:
-        assert len(padding) == 2
+        assert len(padding) == PADDED.get(name, 2)
 
 
 @pytest.fixture(scope="module")

@@ -587,6 +587,7 @@ def mlflow_runs(project: Path) -> tuple[list[Any], list[Any]]:
     )
 
 
+@pytest.mark.long
 def test_killed_resumed_repeated_and_untracked(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

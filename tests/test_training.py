@@ -20,45 +20,25 @@ import torch.nn.functional as F
 
 from anneal import params
 from anneal.augment import compile_policy, policy_to_json
-from anneal.batching import BatchConfig, epoch_order
+from anneal.batching import epoch_order
 from anneal.conflicts import check_recipe
 from anneal.models.build import build_classifier, load_classifier
-from anneal.models.config import InitConfig, ModelConfig
 from anneal.models.initialization import initialize
-from anneal.optimizers.config import OptimizerConfig
 from anneal.params import ParamsError, UserError
 from anneal.preprocess import PreprocessConfig
 from anneal.schedules import ScheduleConfig, factor, factor_arguments, momentum_at
 from anneal.store import Sample, SplitWriter, finish, open_store
 from anneal.training.best import rank
-from anneal.training.config import (
-    AveragingConfig,
-    HardwareConfig,
-    LossConfig,
-    RegularizationConfig,
-    TrainerConfig,
-)
 from anneal.training.data import MicrobatchDataset, training_set, workers_that_pay
 from anneal.training.fit import fit
 from anneal.training.machine import check_precision, cpu_has_bfloat16, quiet, resolve_devices
 from anneal.training.module import WindowNorms
 from anneal.training.progress import Progress
 from anneal.training.schedule import ScheduleCurve
+from anneal.training.sections import SECTIONS
 from anneal.training.setup import balanced_weights, set_up
 
 SIDE, CLASSES = 6, ["a", "b", "c"]
-SECTIONS = {
-    "model": ModelConfig,
-    "init": InitConfig,
-    "optimizer": OptimizerConfig,
-    "schedule": ScheduleConfig,
-    "batch": BatchConfig,
-    "loss": LossConfig,
-    "regularization": RegularizationConfig,
-    "averaging": AveragingConfig,
-    "trainer": TrainerConfig,
-    "hardware": HardwareConfig,
-}
 NO_NORM = {"model": {"name": "convnet", "norm": {"name": "none"}, "convnet": {"widths": [8], "depth": 1}}}
 FILES = ("weights.safetensors", "model.json", "history.csv", "steps.csv", "layers.csv", "initial.csv")
 
@@ -371,6 +351,7 @@ train(inputs, Path(sys.argv[1]), regularization=dict(dropout=0.2, mixup=dict(alp
 """
 
 
+@pytest.mark.long
 def test_two_processes_train_the_same_network(flipped, tmp_path):
     script = tmp_path / "script.py"
     tests = str(Path(__file__).parent)

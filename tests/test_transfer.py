@@ -579,6 +579,9 @@ class Run:
     def artifact(self, *_):
         pass
 
+    def text(self, *_):
+        pass
+
 
 def test_the_stage_tags_its_run(inputs, source, tmp_path, monkeypatch):
     from stages import train as stage
@@ -590,7 +593,8 @@ def test_the_stage_tags_its_run(inputs, source, tmp_path, monkeypatch):
     for folder in inputs:
         shutil.copytree(folder, tmp_path / "data" / folder.name)
     shutil.copytree(source, tmp_path / "pretrained" / "a")
-    shutil.copy(ROOT / "params.schema.json", tmp_path)
+    for name in ("params.schema.json", "dvc.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
     values = params.merge(
         params.read_yaml(ROOT / "params.yaml"),
         {

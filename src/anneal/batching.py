@@ -391,13 +391,24 @@ class MicrobatchSampler:
         Of this process, below the plans' ``world_size``.
     labels
         Of the training samples, for the order of `balanced_order`; None takes that of `epoch_order`, each sample once.
+    start
+        An epoch, and forward passes of this process that it leaves out at that epoch's beginning: a resumed run has made
+        them.
     """
 
-    def __init__(self, run: RunPlan, seed: int, rank: int = 0, labels: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        run: RunPlan,
+        seed: int,
+        rank: int = 0,
+        labels: np.ndarray | None = None,
+        start: tuple[int, int] = (0, 0),
+    ) -> None:
         self.run = run
         self.seed = seed
         self.rank = rank
         self.labels = labels
+        self.start = start
         self.epoch = 0
 
     @property
@@ -419,7 +430,9 @@ class MicrobatchSampler:
         else:
             order = balanced_order(self.labels, self.seed, epoch)
         per_window = plan.size // plan.microbatch
-        for window in range(plan.steps_per_epoch):
+        made = self.start[1] if epoch == self.start[0] else 0
+        # Those made are whole windows.
+        for window in range(made // plan.accumulation, plan.steps_per_epoch):
             bounds = plan.bounds(window)
             for first in range(0, len(bounds), plan.world_size):
                 i = first + self.rank

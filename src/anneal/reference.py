@@ -326,7 +326,7 @@ WORDS: dict[str, str] = {
     "trainer.early_stopping.min_delta": "least fall that counts",
     "trainer.precision": "of the arithmetic; 16-mixed needs a GPU",
     "trainer.deterministic": "refuse operations whose result varies, warn of them, or allow them",
-    "trainer.on_nan": "what becomes of a run whose loss is no longer finite",
+    "trainer.on_nan": "what becomes of a run whose loss or gradient is no longer finite",
     "ensemble.members": "who trains: a name to null or {} for no overrides, or to the seed and keys of any section from model to "
     "trainer",
     "ensemble.combine": "how the members' predictions become one",
@@ -337,6 +337,7 @@ WORDS: dict[str, str] = {
     "evaluate.calibration": "temperature: one factor of the logits, fitted on val",
     "hardware.accelerator": "what computes; auto: a GPU where there is one",
     "hardware.devices": "auto takes one CPU process, or all GPUs that divide the batch",
+    "hardware.checkpoint_every": "most work that a kill can cost, as time or optimizer steps; docs/reproducibility.md",
     "hardware.num_workers": "loader processes a device; auto: where images are large enough for them to pay",
     "tracking.uri": "MLflow's store or server: sqlite:///..., http://host:5000, postgresql://...",
     # The ends of keys, where params.yaml has no comment at the key itself.

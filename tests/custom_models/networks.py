@@ -81,6 +81,48 @@ class Frozen(nn.Module):
         return self.head(features)
 
 
+class Gate(nn.Module):
+    """The square root of how far an image is from being brighter than ``most``, in training: NaN where it is."""
+
+    def __init__(self, most: float, always: bool) -> None:
+        super().__init__()
+        self.most = most
+        self.always = always
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return images (N, C, H, W) times the root."""
+        if not (self.training or self.always):
+            return x
+        return x * (self.most - x.mean((1, 2, 3), keepdim=True)).sqrt()
+
+
+def gated(num_classes: int, in_chans: int, most: float = 2.0, always: bool = False) -> nn.Module:
+    """Return a network with a `Gate` inside its first block."""
+    return nn.Sequential(
+        nn.Sequential(nn.Identity(), Gate(most, always)),
+        nn.Conv2d(in_chans, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.SiLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, num_classes),
+    )
+
+
+class Cusp(nn.Module):
+    """A network whose outputs are finite, and whose gradient is that of a square root at 0."""
+
+    def __init__(self, num_classes: int, in_chans: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_chans, 8, 3, padding=1)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits (N, num_classes)."""
+        x = self.conv(x).mean((2, 3))
+        return self.head(x + (0 * x).sqrt())
+
+
 def untrainable(num_classes: int, in_chans: int) -> nn.Module:
     """Return a network without anything to train."""
     return Small(num_classes, in_chans).requires_grad_(False)

@@ -113,8 +113,9 @@ def make_small(clone: Clone) -> Clone:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Clone:
-    """The shipped recipe after its first `dvc repro`; tests that share it leave its files as they are."""
+    """The shipped recipe, but shorter, after its first `dvc repro`; tests that share it leave its files as they are."""
     clone = make_clone(tmp_path_factory.mktemp("digits"))
+    clone.set(trainer__epochs=12)
     clone.repro()
     return clone
 

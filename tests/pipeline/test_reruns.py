@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-import copy
+import zipfile
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,48 @@ from ruamel.yaml import YAML
 
 from anneal import params
 from anneal.params import UNTRACKED, flatten
-from tests.pipeline.conftest import ROOT, Clone
+from anneal.training.sections import SECTIONS
+from tests.chaos.attack import copy
+from tests.pipeline.conftest import ROOT, Clone, make_clone, make_small
 from tests.test_architecture import STAGES
 
+NAMES = ("Null", "eins", "Zwei", "drei", "vier", "fünf", "Ähre", "été", "ñandú", "z z")
+"""Classes whose order and bytes differ between locales."""
 
-def test_forced_rerun_writes_the_same_lock(small: Clone) -> None:
-    before = small.lock
-    done = small.repro("--force")
-    assert {name.split("@")[0] for name in small.ran(done)} == {
-        "preprocess",
-        "augment",
-        "train",
-        "diagnose",
-        "evaluate",
-        "report",
-    }
-    assert small.lock == before
+
+def write_pictures(folder: Path, *, backwards: bool) -> None:
+    """Write twenty digits a class, the last of them first where ``backwards``, which changes their order on the disk."""
+    with zipfile.ZipFile(ROOT / "data/digits.zip") as archive:
+        files: dict[str, list[str]] = {}
+        for name in sorted(archive.namelist()):
+            if name.endswith(".png"):
+                files.setdefault(Path(name).parent.name, []).append(name)
+        chosen = [(NAMES[int(label)], name) for label, names in files.items() for name in names[:20]]
+        for label, name in reversed(chosen) if backwards else chosen:
+            (folder / label).mkdir(parents=True, exist_ok=True)
+            (folder / label / Path(name).name).write_bytes(archive.read(name))
+
+
+def test_a_rerun_elsewhere_writes_the_same_lock(small: Clone, tmp_path: Path) -> None:
+    """In another folder, at another time, in another locale and so on; nothing but params, data and code may count."""
+    clone = make_small(make_clone(tmp_path / "another one"))
+    clone.set(hardware__num_workers=2, hardware__checkpoint_every="1 steps")
+    environment = {"LC_ALL": "C", "TZ": "Pacific/Kiritimati", "PYTHONHASHSEED": "1"}
+    done = clone.run("sh", "-c", "umask 077; exec dvc repro", **environment)
+    assert {name.split("@")[0] for name in clone.ran(done)} == set(STAGES)
+    assert clone.lock == small.lock
+
+
+def test_files_in_another_order_give_the_same_data(tmp_path: Path) -> None:
+    """Nor does the order count in which files were made, with names that locales sort and write differently."""
+    locks = []
+    for backwards, locale in ((False, "C.UTF-8"), (True, "C")):
+        clone = make_small(make_clone(tmp_path / locale))
+        write_pictures(clone.path / "data/pictures", backwards=backwards)
+        clone.set(data__path="data/pictures")
+        clone.repro("preprocess", LC_ALL=locale)
+        locks.append(clone.lock)
+    assert locks[0] == locks[1]
 
 
 def sections_read(stage: str) -> set[str]:
@@ -38,6 +65,8 @@ def sections_read(stage: str) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             found |= {node.value} & known
+    if stage == "train":
+        found |= set(SECTIONS)
     return found - set(UNTRACKED)
 
 
@@ -84,7 +113,7 @@ def test_each_key_touches_just_the_stages_that_list_it(small: Clone) -> None:
                 # Changing these changes dvc.yaml's own templates, that is which stages there are.
                 if key == "data.path" or key.startswith("ensemble.members"):
                     continue
-                tree = copy.deepcopy(values)
+                tree = deepcopy(values)
                 *parents, leaf = key.split(".")
                 node = tree
                 for parent in parents:
@@ -107,8 +136,8 @@ def test_each_key_touches_just_the_stages_that_list_it(small: Clone) -> None:
     assert small.ran(small.repro()) == []
 
 
-def test_editing_one_key_runs_the_right_stages(fresh: Clone) -> None:
-    fresh.repro()
+def test_editing_one_key_runs_the_right_stages(small: Clone, tmp_path: Path) -> None:
+    fresh = copy(small, tmp_path, {})
     fresh.set(evaluate__bootstrap=200)
     assert fresh.ran(fresh.repro()) == ["evaluate", "report"]
     fresh.set(optimizer__SGD__lr=0.02)
@@ -137,8 +166,6 @@ def test_editing_one_key_runs_the_right_stages(fresh: Clone) -> None:
 
 
 def test_changed_data_runs_again(fresh: Clone, tmp_path: Path) -> None:
-    import zipfile
-
     fresh.repro("augment")
     with zipfile.ZipFile(fresh.path / "data/digits.zip") as old:
         names = [n for n in old.namelist() if n.endswith(".png")]

@@ -103,7 +103,7 @@ QUICK: dict[str, Any] = {
     },
     "ensemble": {"members": {"study": {}}},
     "evaluate": {"splits": ["val"]},
-    "hardware": {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "num_workers": 0},
+    "hardware": {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "num_workers": 0, "checkpoint_every": "60s"},
 }
 """Everything that has a part in a run on digits, so that nothing in params.yaml has one but blocks that are not chosen."""
 

@@ -103,11 +103,11 @@ class Averaging(pl.Callback):
         self.mean, self.newest = [mean for mean, _ in floating], [newest for _, newest in floating]
         self.step = trainer.global_step
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Take the weights in, if this microbatch ended a step that counts."""
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: TrainingModule, *_: Any) -> None:  # type: ignore[override]
+        """Take the weights in, if this microbatch ended a step that counts and was not skipped."""
         step, before = trainer.global_step, self.step
         self.step = step
-        if step != before and step in self.steps:
+        if step != before and step in self.steps and not pl_module.skipped:
             self.take()
 
     @torch.no_grad()

@@ -136,7 +136,7 @@ class TrainerConfig(Strict):
     precision: Literal["32-true", "bf16-mixed", "16-mixed"]
     threads: Annotated[int, Field(ge=1)] | Literal["auto"]
     deterministic: bool | Literal["warn"]
-    on_nan: Literal["stop"]
+    on_nan: Literal["stop", "skip"]
 
 
 def rate_faults(optimizer: str, lr: float | str, lr_scaling: str) -> list[str]:
@@ -158,6 +158,9 @@ def rate_faults(optimizer: str, lr: float | str, lr_scaling: str) -> list[str]:
     ]
 
 
+CHECKPOINT_EVERY = r"^[1-9][0-9]*( ?(s|min|h)| steps?)$"
+
+
 class HardwareConfig(Strict):
     """Section ``hardware``: what the machine has; never changes a result, tracked by no stage."""
 
@@ -165,3 +168,9 @@ class HardwareConfig(Strict):
     devices: Annotated[int, Field(ge=1)] | Literal["auto"]
     num_nodes: Annotated[int, Field(ge=1)]
     num_workers: Annotated[int, Field(ge=0)] | Literal["auto"]
+    checkpoint_every: Annotated[
+        str,
+        Field(
+            pattern=CHECKPOINT_EVERY, json_schema_extra={"allowed": "60s | 5 min | 1 h | 200 steps, any whole number"}
+        ),
+    ]

@@ -115,6 +115,7 @@ def member_conflicts(
     faults += _step_conflicts(optimizer, regularization)
     faults += _mixing_conflicts(batch, regularization)
     faults += _sampling_conflicts(batch, loss)
+    faults += _nan_conflicts(trainer, optimizer)
     return faults + _averaging_conflicts(averaging, schedule, optimizer, trainer, plan)
 
 
@@ -243,6 +244,15 @@ def _sampling_conflicts(batch: BatchConfig, loss: LossConfig) -> list[str]:
         return [
             "batch.sampling: found balanced with loss.class_weights balanced, which would count the smaller classes twice "
             "over, allowed: one of the two, and shuffle or none for the other"
+        ]
+    return []
+
+
+def _nan_conflicts(trainer: TrainerConfig, optimizer: OptimizerConfig) -> list[str]:
+    if trainer.on_nan == "skip" and optimizer.name == "LBFGS":
+        return [
+            "trainer.on_nan: found skip with LBFGS, whose line search has moved the weights, and learned from them, before it "
+            "meets a loss that is not finite, allowed: stop, or another optimizer"
         ]
     return []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from anneal.augment import apply_policy, policy_from_json, seed_policy, transform_names
 from anneal.batching import MicrobatchSampler, RunPlan
 from anneal.params import UserError
+from anneal.processes import end_with_parent
 from anneal.store import Images, Labels, Split, Store, open_store
+from anneal.training.interruption import GRACE, SIGNALS
 
 EVAL_BYTES = 32 * 2**20
 """Most float32 input bytes of a validation batch; a figure's value does not depend on it beyond rounding."""
@@ -149,13 +152,24 @@ class StoreDataModule(pl.LightningDataModule):
         self.plan = plan
         self.seed = seed
         self.num_workers = num_workers
+        self.position = (0, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the run is: its epoch, from 0, and the forward passes of it that each process has made."""
+        return {"position": list(self.position)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Begin where another run was."""
+        epoch, number = state_dict["position"]
+        self.position = (epoch, number)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of this process's microbatches."""
         assert self.trainer is not None
         labels = self.train.labels if self.train.balanced else None
-        sampler = MicrobatchSampler(self.plan, self.seed, self.trainer.global_rank, labels)
-        sampler.set_epoch(self.trainer.current_epoch)
+        sampler = MicrobatchSampler(self.plan, self.seed, self.trainer.global_rank, labels, start=self.position)
+        # Lightning asks for the loader of a resumed run before it has set its own count.
+        sampler.set_epoch(max(self.position[0], self.trainer.current_epoch))
         workers = self.num_workers
         if isinstance(workers, str):
             workers = workers_that_pay(self.train, self.plan[0].microbatch, max(1, self.trainer.num_devices))
@@ -165,6 +179,7 @@ class StoreDataModule(pl.LightningDataModule):
             batch_sampler=sampler,
             collate_fn=_as_it_is,
             num_workers=workers,
+            worker_init_fn=_serve_to_the_end,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
             **options,
         )
@@ -176,6 +191,25 @@ class StoreDataModule(pl.LightningDataModule):
         size = max(1, min(1024, EVAL_BYTES // per_image))
         data = EvaluationDataset(self.store.split("val"), size)
         return DataLoader(data, batch_size=None, num_workers=0)
+
+
+def _serve_to_the_end(worker: int) -> None:  # noqa: ARG001
+    """Have a loader process end with its trainer, and not before: the trainer still finishes its step after a signal.
+
+    Ctrl-C, and the signals of many schedulers, reach all processes at once.
+    """
+    end_with_parent(signal.SIGKILL)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        # Ignored for good it would keep a trainer waiting that ends its loaders by it.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, _leave_later)
+
+
+def _leave_later(signum: int, frame: Any) -> None:  # noqa: ARG001
+    signal.signal(signum, signal.SIG_DFL)
+    signal.alarm(round(GRACE) + 2)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -213,7 +247,8 @@ def training_set(
     if (augmented / "extra" / "labels.npy").exists():
         splits.append(Store(augmented, store.info).split("extra"))
     try:
-        policy = policy_from_json((augmented / "policy.json").read_text(encoding="utf-8"))
+        # What is not even text is no policy either, and says so.
+        policy = policy_from_json((augmented / "policy.json").read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
         raise UserError(f"{augmented}: no policy.json here; run `dvc repro augment` first") from None
     names = transform_names(policy)

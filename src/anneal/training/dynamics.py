@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ class Layer:
     weight_norm
         Of these values, all in one vector, before the step.
     grad_norm
-        Of the gradient behind the step, before clipping.
+        Of the gradient behind the step, before clipping; None where it was not finite.
     update_ratio
         Norm of the update over `weight_norm`; None in epoch 0 and where all weights were 0.
     norm_gap, norm_variance_gap, small_scales
@@ -49,7 +49,7 @@ class Layer:
     layer: str
     num_parameters: int
     weight_norm: float
-    grad_norm: float
+    grad_norm: float | None
     update_ratio: float | None
     norm_gap: float | None = None
     norm_variance_gap: float | None = None
@@ -258,7 +258,8 @@ class Dynamics(pl.Callback):
     - ``rate/low``, ``rate/median``, ``rate/high``: quantiles 5, 50 and 95 % of `effective_rates` over at most `SAMPLE`
       parameters.
 
-    What does not exist (a ratio to weights of norm 0, the cosine of a first update) is left out. Holds two copies of the
+    What does not exist (a ratio to weights of norm 0, the cosine of a first update, all of a step that was skipped) is
+    left out. Holds two copies of the
     weights between steps, three for a moment.
     """
 
@@ -274,6 +275,7 @@ class Dynamics(pl.Callback):
         self.layers = layers_of(pl_module.classifier.network)
         self.weights = [parameter for own in self.layers.values() for parameter in own]
         self.places = Places(self.weights)
+        self.update = [part.to(pl_module.device) for part in self.update]
 
     def on_train_batch_start(  # type: ignore[override]
         self,
@@ -320,6 +322,8 @@ class Dynamics(pl.Callback):
         if not self.before or trainer.global_step == self.step:
             return
         before, self.before = self.before, []
+        if pl_module.skipped:
+            return
         previous, self.update = self.update, [w.detach() - b for w, b in zip(self.weights, before, strict=True)]
         if not self.is_last:
             return
@@ -338,6 +342,17 @@ class Dynamics(pl.Callback):
         if len(rates):
             figures |= zip(QUANTILES, np.quantile(rates, list(QUANTILES.values())).tolist(), strict=True)
         pl_module.extras.update(figures)
+        if pl_module.plan[trainer.current_epoch + 1].steps_per_epoch > 1:
+            self.update = []  # the next epoch's last but one takes its place
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: the rows so far, and an update that the next one is compared with."""
+        return {"rows": [asdict(row) for row in self.rows], "update": [part.cpu() for part in self.update]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self.rows = [Layer(**row) for row in state_dict["rows"]]
+        self.update = list(state_dict["update"])
 
     def add_rows(
         self,
@@ -354,8 +369,8 @@ class Dynamics(pl.Callback):
             weight_norm, ratio = math.hypot(*weight_norms[mine]), None
             if update_norms is not None and weight_norm > 0:
                 ratio = figures[f"update_ratio/{name}"] = math.hypot(*update_norms[mine]) / weight_norm
-            size = sum(parameter.numel() for parameter in own)
-            self.rows.append(Layer(epoch, name, size, weight_norm, math.hypot(*gradient_norms[mine]), ratio))
+            size, length = sum(parameter.numel() for parameter in own), math.hypot(*gradient_norms[mine])
+            self.rows.append(Layer(epoch, name, size, weight_norm, length if math.isfinite(length) else None, ratio))
         return {"update/ratio": median(figures.values()), **figures} if figures else {}
 
 

@@ -13,15 +13,17 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping
 
-from anneal.batching import BatchConfig
+from anneal.batching import BatchConfig, RunPlan
 from anneal.models.build import count_macs, count_parameters
 from anneal.models.config import InitConfig, ModelConfig
 from anneal.models.initial_statistics import LayerStatistics, findings, initial_statistics
 from anneal.optimizers.config import OptimizerConfig
+from anneal.processes import is_first_process
 from anneal.schedules import ScheduleConfig
 from anneal.store import fresh_folder, write_json, write_text
 from anneal.training.averaging import Averaging
 from anneal.training.best import BestWeights, exported
+from anneal.training.checkpoint import Checkpoints, Found, WholeFiles, newest
 from anneal.training.config import (
     AveragingConfig,
     HardwareConfig,
@@ -31,15 +33,17 @@ from anneal.training.config import (
 )
 from anneal.training.dynamics import Dynamics
 from anneal.training.history import Epoch, History, Steps, as_csv
+from anneal.training.interruption import interruptible
 from anneal.training.logger import FunctionLogger, Write
 from anneal.training.lr_curve import LRRange
-from anneal.training.lr_range import found_rate, is_first_process, lr_range
-from anneal.training.machine import global_settings, interruptible, quiet
+from anneal.training.lr_range import found_rate, lr_range
+from anneal.training.machine import global_settings, quiet
 from anneal.training.noise_scale import NoiseScale
 from anneal.training.norm_health import MeasureNorms, sample_size
 from anneal.training.progress import Progress
 from anneal.training.recalibrate import Recalibration, recalibration_batches
 from anneal.training.setup import first_batch, set_up
+from anneal.training.state import RunState
 from anneal.training.train_evaluation import TrainEvaluation, images_to_evaluate, measured_on
 
 
@@ -102,6 +106,17 @@ class FitResult:
             "peak_lr": self.peak_rate,
         }
 
+    @property
+    def tags(self) -> dict[str, str]:
+        """Facts of the run that are no figures, by their names in MLflow."""
+        return {
+            "initial.findings": " | ".join(self.initial_findings) or "none",
+            "train.measured_on": self.measured_on,
+            "weights": self.weights,
+            "threads": str(self.threads),
+            "devices": f"{self.devices} {self.accelerator}",
+        }
+
 
 def fit(
     *,
@@ -120,6 +135,7 @@ def fit(
     averaging: AveragingConfig,
     trainer: TrainerConfig,
     hardware: HardwareConfig,
+    state: RunState | None = None,
     log: Write | None = None,
     callbacks: tuple[pl.Callback, ...] = (),
 ) -> FitResult:
@@ -147,6 +163,8 @@ def fit(
         Sections of the member.
     hardware
         What the machine has.
+    state
+        Where the run keeps checkpoints, and goes on from one; its folder stays until `RunState.forget`. None keeps none.
     log
         Called with metrics and the number of optimizer steps behind them: at each epoch's end with its figures, and with
         those of single steps (``step/...``).
@@ -157,8 +175,8 @@ def fit(
     ------
     UserError
         The settings do not fit the data or the machine, or training diverged.
-    KeyboardInterrupt
-        Stopped by Ctrl-C or SIGTERM; nothing was written.
+    Interrupted
+        Stopped by Ctrl-C, SIGTERM or SIGUSR1; ``out`` was not written, but a checkpoint was.
     """
     rate_key = f"optimizer.{optimizer.name}.lr of member {name}"
     inputs: dict[str, Any] = {
@@ -178,8 +196,11 @@ def fit(
     }
     setup = set_up(**inputs)
     module, network = setup.module, setup.module.classifier.network
+    checkpoint = _resume(name, state, setup.plan) if state is not None else None
     range_test: LRRange | None = None
-    if module.auto_rate and (setup.plan.world_size == 1 or is_first_process()):
+    if checkpoint is not None:
+        module.peak_rate, range_test = checkpoint.peak_rate, checkpoint.range_test
+    elif module.auto_rate and (setup.plan.world_size == 1 or is_first_process()):
         range_test = lr_range(name=name, **inputs)
         module.peak_rate = found_rate(range_test, rate_key)
         print(
@@ -232,9 +253,25 @@ def fit(
         own.append(
             EarlyStopping("val/loss", patience=stopping.patience, min_delta=stopping.min_delta, check_finite=False)
         )
-    with quiet(), interruptible(), global_settings():
-        runner = setup.trainer(own, logger=FunctionLogger(log) if log is not None else False)
-        runner.fit(module, datamodule=setup.data_module())
+    with quiet(), interruptible() as interruptions, global_settings():
+        if state is not None:
+            own.append(
+                Checkpoints(
+                    state,
+                    hardware.checkpoint_every,
+                    interruptions=interruptions,
+                    range_test=range_test,
+                )
+            )
+        runner = setup.trainer(
+            own,
+            logger=FunctionLogger(log) if log is not None else False,
+            **({"enable_checkpointing": True, "plugins": [WholeFiles()]} if state is not None else {}),
+        )
+        if checkpoint is None:
+            runner.fit(module, datamodule=setup.data_module())
+        else:
+            runner.fit(module, datamodule=setup.data_module(), ckpt_path=checkpoint.path, weights_only=True)
     averaged = average.kept if average is not None else None
     chosen = exported(best.kept, averaged, averaging.export)
     kept = averaged if averaged is not None and chosen == "average" else best.kept
@@ -283,6 +320,22 @@ def fit(
         macs=macs,
         is_main=runner.is_global_zero,
     )
+
+
+def _resume(name: str, state: RunState, plan: RunPlan) -> Found | None:
+    """Say what the run goes on from, and return it; a folder of another recipe is emptied."""
+
+    def say(line: str) -> None:
+        if is_first_process():
+            print(f"{name}: {line}", file=sys.stderr, flush=True)
+
+    state.begin()
+    found = newest(state, plan.world_size, say)
+    if found is not None and found.position.epoch < len(plan):
+        say(f"resuming at epoch {found.position.epoch + 1}, step {found.position.step}")
+    elif found is not None:
+        say(f"resuming after the last step, {found.position.step}")
+    return found
 
 
 def write_member(

@@ -96,10 +96,18 @@ class History(pl.Callback):
         known = {name: value for name, value in figures.items() if name in COLUMNS}
         self.rows.append(Epoch(epoch=trainer.current_epoch + 1, step=trainer.global_step, **known))  # type: ignore[arg-type]
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: the rows so far."""
+        return {"rows": [asdict(row) for row in self.rows]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self.rows = [Epoch(**row) for row in state_dict["rows"]]
+
 
 @dataclass(frozen=True)
 class Step:
-    """A row of steps.csv.
+    """A row of steps.csv; a step that was skipped has none.
 
     Parameters
     ----------
@@ -177,6 +185,9 @@ class Steps(pl.Callback):
         step = trainer.global_step
         if self.before is None or self.before[0] == step:
             return
+        if pl_module.skipped:
+            self.before = None
+            return
         plan = pl_module.plan[trainer.current_epoch]
         samples = plan.window_samples(batch_idx // plan.accumulation)
         self.losses.append((pl_module.loss_sum - self.before[1]) / samples)
@@ -201,6 +212,25 @@ class Steps(pl.Callback):
             for row in rows:
                 values = {"step/loss": row.loss, "step/lr": row.lr, "step/grad_norm": row.grad_norm}
                 trainer.logger.log_metrics(values, row.step)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: TrainingModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+        """Add the rows so far, and the figures of an epoch that has not ended: losses those of each process."""
+        losses = torch.stack([*self.losses, pl_module.loss_sum.new_zeros(())])
+        checkpoint["steps"] = {
+            "rows": [asdict(row) for row in self.rows],
+            "losses": trainer.strategy.all_gather(losses).reshape(-1, len(losses)).cpu(),
+            "norms": [norm.cpu() for norm in self.norms],
+            "known": [list(known) for known in self.known],
+        }
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: TrainingModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]  # noqa: ARG002
+        """Take up what `on_save_checkpoint` added."""
+        state, device = checkpoint["steps"], trainer.strategy.root_device
+        by_process = state["losses"].to(device)
+        self.rows = [Step(**row) for row in state["rows"]]
+        self.losses = list(by_process[trainer.global_rank % len(by_process)][:-1])
+        self.norms = [norm.to(device) for norm in state["norms"]]
+        self.known = [(step, rate) for step, rate in state["known"]]
 
 
 def as_csv(rows: Sequence[Any]) -> str:

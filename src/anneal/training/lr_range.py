@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,8 +19,9 @@ from anneal.optimizers.config import NO_RATE, OptimizerConfig
 from anneal.params import UserError
 from anneal.schedules import ScheduleConfig
 from anneal.training.config import AveragingConfig, HardwareConfig, LossConfig, RegularizationConfig, TrainerConfig
+from anneal.training.interruption import interruptible
 from anneal.training.lr_curve import LRRange, exponential_rates, read_curve, smoothing_weight
-from anneal.training.machine import global_settings, interruptible, quiet
+from anneal.training.machine import global_settings, quiet
 from anneal.training.module import Diverged, TrainingModule
 from anneal.training.progress import BAR_EVERY, LINE_EVERY
 from anneal.training.setup import set_up
@@ -37,9 +37,6 @@ FEWEST_STEPS = 40
 
 BLOW_UP = 4.0
 """The test ends where the smoothed loss exceeds its minimum so many times, as in fastai."""
-
-PROCESS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
-"""Variables in which launchers give a process its place."""
 
 
 def lr_range(
@@ -116,7 +113,7 @@ def lr_range(
                 loss=loss,
                 regularization=regularization,
                 averaging=averaging,
-                trainer=trainer,
+                trainer=trainer.model_copy(update={"on_nan": "stop"}),
                 hardware=hardware.model_copy(update={"devices": 1, "num_nodes": 1}),
             )
             if setup.module.freezing is not None and setup.module.freezing.wakes:
@@ -163,11 +160,6 @@ def found_rate(result: LRRange, key: str) -> float:
             f"{result.reason}; allowed: a number; `anneal lr-range` draws the curve"
         )
     return result.suggestion
-
-
-def is_first_process() -> bool:
-    """Return whether no launcher has made this process a further one."""
-    return all(os.environ.get(name, "0") in ("", "0") for name in PROCESS)
 
 
 class Sweep(pl.Callback):

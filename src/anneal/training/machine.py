@@ -1,11 +1,9 @@
-"""What the machine has: accelerator, devices, threads and precision; and a quiet, interruptible run on it."""
+"""What the machine has: accelerator, devices, threads and precision; and a quiet run on it."""
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +24,8 @@ QUIET = (
     ".*sync_dist=True.*",
     # Lightning 2.6 asks torch in a way that torch has since deprecated.
     ".*isinstance\\(treespec, LeafSpec\\).*",
+    # The loader of a resumed run skips by index what the run has had.
+    ".*your dataloader is not resumable.*",
 )
 """Warnings of Lightning that ask nothing of the user."""
 
@@ -139,25 +139,3 @@ def global_settings() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM come out as KeyboardInterrupt: Lightning would turn the first into a SystemExit."""
-
-    def stop(signum: int, frame: Any) -> None:  # noqa: ARG001
-        raise KeyboardInterrupt
-
-    in_main = threading.current_thread() is threading.main_thread()
-    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if in_main else {}
-    if in_main:
-        signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -33,13 +33,30 @@ from anneal.training.gradients import (
     unit_weights,
 )
 from anneal.training.losses import LOSSES
+from anneal.training.nonfinite import Skipped, culprit, first_bad
 from anneal.training.transfer import Freezing
 
 Figures = dict[str, float]
 
+SUMS = (
+    "loss_sum",
+    "norm_sum",
+    "correct",
+    "num_seen",
+    "num_steps",
+    "clipped",
+    "clipped_units",
+    "num_skipped",
+    "skipped_in_a_row",
+)
+"""Attributes of `TrainingModule` that add up over an epoch, and that a run which goes on within one needs again."""
+
+MOST_SKIPPED = 10
+"""Optimizer steps in a row that may be skipped before the run has diverged."""
+
 
 class Diverged(UserError):
-    """The loss is not finite."""
+    """A loss or a gradient is not finite."""
 
 
 class TrainingModule(pl.LightningModule):
@@ -81,6 +98,9 @@ class TrainingModule(pl.LightningModule):
         Figures that are the same in every epoch, to be logged with it.
     freezing
         Which layers learn at each step; None: all at all.
+    on_nan
+        What becomes of an optimizer step with a loss or a gradient that is not finite: ``stop`` the run before it is made,
+        or ``skip`` it.
     """
 
     def __init__(
@@ -106,6 +126,7 @@ class TrainingModule(pl.LightningModule):
         gradient_noise: Mapping[str, float] | None = None,
         constants: Mapping[str, float] | None = None,
         freezing: Freezing | None = None,
+        on_nan: str = "stop",
     ) -> None:
         super().__init__()
         self.classifier = classifier
@@ -151,7 +172,16 @@ class TrainingModule(pl.LightningModule):
         self.norm = torch.zeros(())
         self.again = False
         self._evaluated: tuple[int, int] | None = None
-        self._unchecked: torch.Tensor | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._unchecked: list[tuple[Batch, torch.Tensor]] = []
+        self.skips = on_nan == "skip"
+        self.skipped = False
+        self.skipped_in_a_row = 0
+        self.notice: str | None = None
+        self._noticed = False
+        self._places = [(m._buffers, name) for m in classifier.network.modules() for name in m._buffers]
+        self._before_window: list[torch.Tensor] = []
+        self._counts_before = (0, 0)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer; its groups remember their peak rate as ``initial_lr``."""
@@ -203,17 +233,42 @@ class TrainingModule(pl.LightningModule):
         self.optimizer_arguments["arguments"]["lr"] = rate
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the validation losses so far, which plateau reads, as plain numbers."""
+        """Add what a resumed run needs beside the weights: the validation losses, which plateau reads, and the epoch's sums.
+
+        Plain numbers; of the sums those of each process.
+        """
         checkpoint["val_losses"] = list(self.val_losses)
+        names = [name for name in SUMS if hasattr(self, name)]
+        sums = torch.tensor([float(getattr(self, name)) for name in names], dtype=self.loss_sum.dtype)
+        by_process = self.trainer.strategy.all_gather(sums.to(self.device)).reshape(-1, len(names)).T.tolist()
+        checkpoint["epoch_sums"] = dict(zip(names, by_process, strict=True))
+        checkpoint["epoch_extras"] = dict(self.extras)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the validation losses so far."""
+        """Take up what `on_save_checkpoint` added; the sums once the run begins."""
         self.val_losses = list(checkpoint["val_losses"])
+        self._resumed = checkpoint
+
+    def on_train_start(self) -> None:
+        """Go on within an epoch, where the run was resumed there: an epoch's start would have made these anew."""
+        checkpoint, self._resumed = self._resumed, None
+        if checkpoint is None:
+            return
+        self._start_sums()
+        self.extras = dict(checkpoint["epoch_extras"])
+        for name, by_process in checkpoint["epoch_sums"].items():
+            new, old = by_process[self.global_rank % len(by_process)], getattr(self, name)
+            setattr(self, name, torch.full_like(old, new) if torch.is_tensor(old) else type(old)(new))
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
     def on_train_epoch_start(self) -> None:
-        """Start the epoch's sums: plain tensors, since Lightning's own logging costs more than a small network."""
+        """Start the epoch's sums."""
+        self._start_sums()
+        self.extras = dict(self.constants)
+
+    def _start_sums(self) -> None:
+        """Set the epoch's sums to 0: plain tensors, since Lightning's own logging costs more than a small network."""
         self.trainer.accumulate_grad_batches = self.plan[self.current_epoch].accumulation
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         self.loss_sum = torch.zeros((), dtype=wide, device=self.device)
@@ -221,14 +276,13 @@ class TrainingModule(pl.LightningModule):
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.num_seen = 0
         self.num_steps = 0
+        self.num_skipped = 0
         if self.clips:
             self.clipped = torch.zeros((), dtype=wide, device=self.device)
             self.clipped_units = torch.zeros((), dtype=wide, device=self.device)
-        self.extras = dict(self.constants)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Return a microbatch's share of the window's mean loss, times what Lightning and DDP divide by."""
-        self.stop_on_nan()
         epoch, microbatch = batch.epoch, batch.microbatch
         plan = self.plan[epoch]
         window_samples = plan.window_samples(plan.window_of(microbatch))
@@ -241,6 +295,8 @@ class TrainingModule(pl.LightningModule):
         if first and not self.again:
             self.set_rates()
             self.set_learning()
+            if self.skips:
+                self._keep()
         if self.splits_windows and not self.again:
             self.window.before(num, first=first)
         with frozen_statistics(self.classifier, when=self.again):
@@ -256,7 +312,7 @@ class TrainingModule(pl.LightningModule):
         if self.l2:
             loss = loss + (self.l2 * num) * self.half_square_sum()
         loss = loss * (plan.accumulation * plan.world_size / window_samples)
-        self._unchecked = loss.detach()
+        self._unchecked.append((batch, loss.detach()))
         return loss
 
     def microbatch_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -308,9 +364,16 @@ class TrainingModule(pl.LightningModule):
             self.freezing.end()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
-        """Measure the gradient's norm, clip it, add noise, and bring BatchNorm's running statistics up to date."""
+        """Measure the gradient's norm, clip it, add noise, and bring BatchNorm's running statistics up to date.
+
+        Raises
+        ------
+        Diverged, Skipped
+            The window's loss or its gradient is not finite; nothing but gradients, sums and running statistics has changed.
+        """
         gradients = [p.grad for p in self.weights if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
+        self._check_finite(norm)
         if self.gradient_clip is not None:
             nn.utils.clip_grads_with_norm_(self.weights, self.gradient_clip, norm)
         # Of SAM's two gradients the first only says where to look.
@@ -342,36 +405,97 @@ class TrainingModule(pl.LightningModule):
             add_noise_(named, seed=self.seed, step=self.trainer.global_step, **self.gradient_noise)
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
-        """Make the step, and keep each unit's incoming weights within their norm."""
-        super().optimizer_step(*arguments, **options)
+        """Make the step, and keep each unit's incoming weights within their norm; or skip it."""
+        try:
+            super().optimizer_step(*arguments, **options)
+        except Skipped as skipped:
+            self._skip(str(skipped))
+            return
+        self.skipped, self.skipped_in_a_row = False, 0
         if self.max_norm is not None:
             limit_norms_(self.units, self.max_norm)
 
-    def stop_on_nan(self) -> None:
-        """Raise a UserError where the loss of the microbatch before this one was not finite.
+    # ---- what is not finite -----------------------------------------------------------------------------------------
 
-        The loss is looked at one microbatch later, when it has long been computed: to wait for it at once would stall a
-        GPU at every step. No weight of a diverged step is ever exported.
+    def _check_finite(self, norm: torch.Tensor) -> None:
+        """Raise what ``on_nan`` asks for where a loss of the window, or the norm of its gradient, is not finite.
+
+        The one place in a window that waits for the device; of several processes all learn the same, and decide alike. Of
+        mixed precision with a scaler an infinite gradient is the scaler's business, which then skips the step by itself.
         """
-        if self._unchecked is None:
+        checked, self._unchecked = self._unchecked, []
+        losses = [loss.float() for _, loss in checked]
+        values = torch.stack(losses if self._scaler is not None else [*losses, norm.float()])
+        if self.plan.world_size > 1:
+            values = self.trainer.strategy.all_gather(values)
+        rows = values.reshape(-1, values.shape[-1]).tolist()
+        if (bad := first_bad(rows)) is None:
             return
-        loss = float(self._unchecked)
-        self._unchecked = None
-        if not math.isfinite(loss):
-            raise self._diverged(f"the loss is {loss}")
+        process, number = bad
+        what = "the loss" if number < len(checked) else "the norm of the gradient"
+        batch, _ = checked[min(number, len(checked) - 1)]
+        # Layers that synchronise need all processes for this.
+        with self.trainer.precision_plugin.forward_context(), frozen_statistics(self.classifier):
+            source = culprit(self.classifier, lambda: self.microbatch_loss(batch)[0])
+        if self.plan.world_size > 1:
+            source = self.trainer.strategy.broadcast(source, src=process)
+        what = f"{what} is {rows[process][number]} (not finite first: {source})"
+        if self.skips:
+            raise Skipped(what)
+        raise self._diverged(what, self.trainer.global_step + 1)
 
-    def _diverged(self, what: str) -> Diverged:
+    @property
+    def _scaler(self) -> Any:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def _kept(self) -> list[torch.Tensor]:
+        """Return what a forward pass or the measuring of a step changes, in place."""
+        buffers = [of[name] for of, name in self._places]
+        sums = [getattr(self, name, None) for name in SUMS]
+        return [tensor for tensor in (*buffers, *sums) if isinstance(tensor, torch.Tensor)]
+
+    def _keep(self) -> None:
+        """Note how things stand before a window."""
+        kept = self._kept()
+        if not self._before_window:
+            self._before_window = [torch.empty_like(tensor) for tensor in kept]
+        torch._foreach_copy_(self._before_window, kept)
+        self._counts_before = self.num_seen, self.num_steps
+
+    @torch.no_grad()
+    def _skip(self, what: str) -> None:
+        """Leave everything but the count of steps as it was before the window."""
+        step = self.trainer.global_step + 1
+        if self._scaler is not None:
+            self._scaler.update()  # it would refuse the next step otherwise
+        self.window.give_up()
+        for tensor, before in zip(self._kept(), self._before_window, strict=True):
+            tensor.copy_(before)
+        self.num_seen, self.num_steps = self._counts_before
+        self.skipped = True
+        self.num_skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= MOST_SKIPPED:
+            raise self._diverged(f"{MOST_SKIPPED} steps in a row were skipped, of the last {what}", step)
+        if not self._noticed:
+            self._noticed = True
+            self.notice = (
+                f"warning: epoch {self.current_epoch + 1}, step {step} is skipped at learning rate {self.rate:.3g}: {what}; "
+                f"nan/skipped counts all that are"
+            )
+
+    def _diverged(self, what: str, step: int) -> Diverged:
         return Diverged(
-            f"training diverged: {what} in epoch {self.current_epoch + 1}, step {self.trainer.global_step}, at learning "
-            f"rate {self.rate:.3g}; lower optimizer.{self.optimizer_arguments['name']}.lr, lengthen "
+            f"training diverged: {what} in epoch {self.current_epoch + 1}, step {step}, at learning rate {self.rate:.3g}; lower optimizer.{self.optimizer_arguments['name']}.lr, lengthen "
             f"schedule.warmup.length, or set regularization.gradient_clip: 1.0"
         )
 
     # ---- validation -------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Check the last training loss, and start the sums."""
-        self.stop_on_nan()
+        """Start the sums."""
+        if self.num_skipped and not self.num_steps:
+            raise self._diverged("all steps of the epoch were skipped", self.trainer.global_step)
         self.val_loss = torch.zeros_like(self.loss_sum)
         self.val_correct = torch.zeros_like(self.correct)
         self.val_seen = 0
@@ -394,7 +518,7 @@ class TrainingModule(pl.LightningModule):
         self.extras |= self._measured()
         val_loss = float(self.val_loss) / self.val_seen
         if not math.isfinite(val_loss):
-            raise self._diverged(f"the validation loss is {val_loss}")
+            raise self._diverged(f"the validation loss is {val_loss}", self.trainer.global_step)
         self.figures = {
             "train/loss": loss_sum / seen,
             "train/accuracy": correct / seen,
@@ -417,6 +541,8 @@ class TrainingModule(pl.LightningModule):
     def _measured(self) -> Figures:
         """Return what the techniques that are on did in the epoch, or to the weights by its end."""
         found: Figures = {}
+        if self.skips:
+            found["nan/skipped"] = self.num_skipped
         if self.l1:
             found["penalty/l1"] = self.l1 * float(self.absolute_sum())
         if self.l2:
@@ -478,10 +604,10 @@ def frozen_statistics(network: nn.Module, *, when: bool = True) -> Iterator[None
 class WindowNorms:
     """BatchNorm's running statistics where a window is more than one forward pass.
 
-    They are updated once an optimizer step from the mean over all the window's microbatches on all devices, so they
-    depend neither on accumulation (updating at every microbatch makes them noisier) nor on which device saw which.
-    While a window is open the running buffers hold its mean so far: a BatchNorm with momentum ``n_i / (n_1 + ... + n_i)``
-    computes just that.
+    They are updated once an optimizer step from the mean over all the window's microbatches on all devices, each by its
+    number of samples, so they depend neither on accumulation (updating at every microbatch makes them noisier) nor on
+    which device saw which. With momentum 1 a layer's running buffers hold the statistics of the microbatch it has just
+    seen; their sums are the same to the bit whoever adds them up, as long as there are two of them.
 
     Parameters
     ----------
@@ -493,39 +619,58 @@ class WindowNorms:
         found = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
         self.tracking = [(m, float(m.momentum)) for m in found if m.momentum is not None]
         self.layers = self.tracking
-        self.before_window: list[torch.Tensor] = []
+        self.buffers: list[torch.Tensor] = []
+        self.before_window = self.total = torch.zeros(0)
         self.seen = 0
-
-    def _buffers(self) -> list[torch.Tensor]:
-        return [b for m, _ in self.layers for b in (m.running_mean, m.running_var) if b is not None]
+        self.newest = 0
 
     def before(self, num: int, *, first: bool) -> None:
         """Prepare the forward pass of a microbatch of ``num`` samples; ``first`` opens a window."""
         if first:
             # Those of layers that are frozen for this step stay as they are, to the bit.
             self.layers = [(m, momentum) for m, momentum in self.tracking if m.track_running_stats]
-            self.before_window = [buffer.clone() for buffer in self._buffers()]
+            self.buffers = [b for m, _ in self.layers for b in (m.running_mean, m.running_var) if b is not None]
             self.counts = [None if m.num_batches_tracked is None else m.num_batches_tracked + 1 for m, _ in self.layers]
+            if self.layers:
+                # All in one vector: a call for each layer takes longer than the arithmetic.
+                self.before_window = torch.cat(self.buffers)
+                self.total = torch.zeros_like(self.before_window)
             self.seen = 0
-        self.seen += num
-        for layer, _ in self.layers:
-            layer.momentum = num / self.seen if num else 0.0
+        else:
+            self._add()
+        self.newest = num
+        self._set_momenta([1.0 if num else 0.0] * len(self.layers))
+
+    def _add(self) -> None:
+        """Add the statistics of the newest microbatch up."""
+        self.seen += self.newest
+        if self.newest and self.layers:
+            # Not add with alpha, which may round once where product and sum round twice.
+            self.total += torch.cat(self.buffers) * self.newest
+        self.newest = 0
 
     def close(self, strategy: Any = None) -> None:
         """Mix the window's mean into the running statistics; ``strategy`` reduces over processes."""
+        self._add()
         if not self.layers:
             return
-        buffers = self._buffers()
+        total = torch.cat([self.total, self.total.new_tensor([self.seen])])
         if strategy is not None:
-            flat = torch.cat([b.flatten() for b in buffers]) * self.seen
-            flat = strategy.reduce(torch.cat([flat, flat.new_tensor([self.seen])]), reduce_op="sum")
-            means = torch.split(flat[:-1] / flat[-1], [b.numel() for b in buffers])
-            for buffer, mean in zip(buffers, means, strict=True):
-                buffer.copy_(mean.view_as(buffer))
-        momenta = [momentum for _, momentum in self.layers for _ in range(2)]
-        for buffer, old, momentum in zip(buffers, self.before_window, momenta, strict=True):
-            buffer.copy_(torch.lerp(old, buffer, momentum))
-        for (layer, momentum), count in zip(self.layers, self.counts, strict=True):
-            layer.momentum = momentum
+            total = strategy.reduce(total, reduce_op="sum")
+        mean, start = total[:-1] / total[-1], 0
+        for buffer, momentum in zip(self.buffers, [m for _, m in self.layers for _ in range(2)], strict=True):
+            part = slice(start, start := start + buffer.numel())
+            torch.lerp(self.before_window[part], mean[part], momentum, out=buffer)
+        self.give_up()
+        for (layer, _), count in zip(self.layers, self.counts, strict=True):
             if layer.num_batches_tracked is not None and count is not None:
                 layer.num_batches_tracked.copy_(count)
+
+    def give_up(self) -> None:
+        """Give the layers their momenta back, where the window makes no step."""
+        self._set_momenta([momentum for _, momentum in self.layers])
+
+    def _set_momenta(self, momenta: Sequence[float]) -> None:
+        for (layer, _), momentum in zip(self.layers, momenta, strict=True):
+            if layer.momentum != momentum:
+                layer.momentum = momentum

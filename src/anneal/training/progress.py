@@ -66,12 +66,17 @@ class Progress(pl.Callback):
         self.bar: Any = None
         self.next_update = float("inf")
         self.started = 0.0
+        self.before = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """Start the clock."""
         if not trainer.is_global_zero:
             return
         self.started = self.clock()
+        # A resumed run has images behind it that no time of its own went into.
+        epoch = trainer.current_epoch
+        steps = trainer.global_step - self.steps_before[epoch]
+        self.before = self.samples_before[epoch] + steps * self.plan[epoch].size
         self.next_update = self.started + self.every
         if self.terminal:
             from tqdm import tqdm
@@ -85,7 +90,11 @@ class Progress(pl.Callback):
             )
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: TrainingModule, *_: Any) -> None:  # type: ignore[override]
-        """Show where the run is, at most every `every` seconds."""
+        """Show where the run is, at most every `every` seconds, and what it has to say at once."""
+        if pl_module.notice is not None:
+            if trainer.is_global_zero:
+                self.write(f"{self.name}: {pl_module.notice}")
+            pl_module.notice = None
         now = self.clock()
         if now < self.next_update:
             return
@@ -97,11 +106,12 @@ class Progress(pl.Callback):
         loss, accuracy = float(pl_module.loss_sum) / seen, float(pl_module.correct) / seen
         images = self.samples_before[epoch] + pl_module.num_seen * plan.world_size
         elapsed = max(now - self.started, 1e-9)
-        left = elapsed * (self.samples_before[-1] / max(1, images) - 1.0)
+        made = max(1, images - self.before)
+        left = elapsed * (self.samples_before[-1] - images) / made
         head = f"{self.name}: epoch {epoch + 1}/{self.epochs}"
         rest = (
             f"step {in_epoch}/{plan.steps_per_epoch}  loss {loss:.3f}  accuracy {accuracy:.3f}  "
-            f"{images / elapsed:,.0f} images/s  {clock_text(max(left, 0))} left"
+            f"{made / elapsed:,.0f} images/s  {clock_text(max(left, 0))} left"
         )
         if self.bar is None:
             self.write(f"{head}  {rest}")
@@ -117,12 +127,12 @@ class Progress(pl.Callback):
             return
         f = pl_module.figures
         done, now = trainer.current_epoch + 1, self.clock()
-        elapsed = max(now - self.started, 1e-9)
+        rate = (self.samples_before[done] - self.before) / max(now - self.started, 1e-9)
+        left = (self.samples_before[-1] - self.samples_before[done]) / max(rate, 1e-9)
         self.write(
             f"{self.name}: epoch {done}/{self.epochs}  train loss {f['train/loss']:.3f} accuracy "
             f"{f['train/accuracy']:.3f}  val loss {f['val/loss']:.3f} accuracy {f['val/accuracy']:.3f}  "
-            f"{self.samples_before[done] / elapsed:,.0f} images/s  "
-            f"{clock_text(elapsed / done * (self.epochs - done))} left"
+            f"{rate:,.0f} images/s  {clock_text(left)} left"
         )
         self.next_update = now + self.every
 

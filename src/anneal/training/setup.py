@@ -220,6 +220,7 @@ def set_up(
         regularization=regularization,
         averaging=averaging,
         frozen=freezing(start, plan, network),
+        on_nan=trainer.on_nan,
     )
     return Setup(
         store=data_set,
@@ -299,6 +300,7 @@ def training_module(
     regularization: RegularizationConfig,
     averaging: AveragingConfig,
     frozen: Freezing | None = None,
+    on_nan: str = "stop",
 ) -> TrainingModule:
     """Return the LightningModule that the sections describe; ``frozen`` says which layers learn at each step."""
     arguments = optimizer.arguments
@@ -346,6 +348,7 @@ def training_module(
         gradient_noise=regularization.gradient_noise.model_dump(),
         constants={"sampling/repeats": most_repeats(train.labels)} if batch.sampling == "balanced" else None,
         freezing=frozen,
+        on_nan=on_nan,
     )
 
 
