@@ -197,9 +197,9 @@ def test_a_run_that_is_resumed_says_so(inputs, tmp_path, capsys):
     with pytest.raises(Killed):
         run(inputs, tmp_path, callbacks=[Seen("on_train_batch_end", 6 * 3)])
     run(inputs, tmp_path)
-    assert "a: resuming at epoch 2, step 6\n" in capsys.readouterr().err
+    assert "a: resuming train@a at epoch 2, step 6\n" in capsys.readouterr().err
     run(inputs, tmp_path)
-    assert f"a: resuming after the last step, {4 * EPOCHS}\n" in capsys.readouterr().err
+    assert f"a: resuming train@a after the last step, {4 * EPOCHS}\n" in capsys.readouterr().err
 
 
 def test_another_recipe_starts_anew_and_says_so(inputs, tmp_path, capsys):

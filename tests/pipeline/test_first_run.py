@@ -10,7 +10,7 @@ import pytest
 
 from anneal.training.dynamics import Layer
 from anneal.training.history import COLUMNS
-from tests.pipeline.conftest import Clone, make_clone
+from tests.pipeline.conftest import EPOCHS, Clone, make_clone
 
 FIGURES = {"accuracy", "accuracy_ci", "macro_accuracy", "macro_f1", "top5", "nll", "brier", "ece"}
 
@@ -57,7 +57,7 @@ def test_every_out_is_there(digits: Clone) -> None:
     with (digits.path / "models/a/history.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == COLUMNS
-    assert len(rows) == 30
+    assert len(rows) == EPOCHS
     with (digits.path / "models/a/steps.csv").open() as file:
         steps = list(csv.DictReader(file))
     assert list(steps[0]) == ["step", "loss", "lr", "grad_norm"]
@@ -65,7 +65,7 @@ def test_every_out_is_there(digits: Clone) -> None:
     with (digits.path / "models/a/layers.csv").open() as file:
         layers = list(csv.DictReader(file))
     assert list(layers[0]) == [field.name for field in fields(Layer)]
-    assert {int(row["epoch"]) for row in layers} == set(range(31))
+    assert {int(row["epoch"]) for row in layers} == set(range(EPOCHS + 1))
 
 
 def test_git_stays_clean_but_for_the_lock(digits: Clone) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.pipeline.conftest import Clone
+from tests.pipeline.conftest import EPOCHS, Clone
 from tests.test_browser import check_pages
 from tests.test_tracking import children, parents, sqlite
 
@@ -37,13 +37,13 @@ def test_learning_curves_are_whole(digits: Clone) -> None:
 
     client = MlflowClient(sqlite(digits.path))
     (parent,) = parents(sqlite(digits.path))
-    assert len(client.get_metric_history(parent.info.run_id, "curve/val_loss")) == 30
+    assert len(client.get_metric_history(parent.info.run_id, "curve/val_loss")) == EPOCHS
     assert "curve/" not in parent.data.tags["mlflow.note.content"]
     for run in children(sqlite(digits.path), "train"):
         for metric in ("train/loss", "val/loss", "train/accuracy", "val/accuracy", "lr", "grad_norm"):
             history = client.get_metric_history(run.info.run_id, metric)
-            assert len(history) == 30, metric
-            assert len({point.step for point in history}) == 30, metric
+            assert len(history) == EPOCHS, metric
+            assert len({point.step for point in history}) == EPOCHS, metric
 
 
 def test_outs_are_tagged_with_the_hashes_of_dvc_lock(digits: Clone) -> None:

@@ -396,13 +396,14 @@ class Run:
             )
         patience = (PATIENCE_KILLED if status == "KILLED" else PATIENCE_END + PATIENCE_KILLED) + MARGIN
         code = self._wait(patience)
-        if code and self._starts < 2 and status != "KILLED":
+        if code != 0 and self._starts < 2 and status != "KILLED":
             with suppress(OSError):
                 self._launch()
                 code = self._wait(patience)
         self._writer.close()
-        if code and self._journal is not None:
-            text = f"its process ended with exit code {code}; what it has not sent is kept in {self._journal.folder}"
+        if code != 0 and self._journal is not None:
+            how = "is gone" if code is None else f"ended with exit code {code}"
+            text = f"the process that sends it {how}; what it has not sent is kept in {self._journal.folder}"
             say(self._uri, text, sys.stderr, warning=True)
         self._process = self._writer = None
 

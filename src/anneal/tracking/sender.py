@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import sys
 import threading
 import time
@@ -326,7 +327,7 @@ class Sender:
     def answered(self, number: int, since: float) -> bool:
         """Answer a question if it is time: the model is logged, or will not be for now."""
         known = self.player.answers if self.player else {}
-        if number not in known and not self.gone(since) and time.monotonic() < since + PATIENCE_MODEL:
+        if number not in known and not self.crashed and not self.gone(since) and time.monotonic() < since + PATIENCE_MODEL:
             return False
         with suppress(OSError):
             self.answers.write(json.dumps({"id": number, "uri": known.get(number)}).encode() + b"\n")
@@ -390,8 +391,10 @@ def main(folder: str) -> None:
     """Send a journal."""
     journal = Journal(Path(folder))
     with silenced() as (errors, answers), journal.claimed() as mine:
-        start = journal.first()
-        if mine and start:  # on a full disk it is empty; the stage keeps its calls and starts another one of us
+        while not (start := journal.first()):  # the disk is full, and the first line waits
+            if select.select([0], [], [], 1.0)[0] and not os.read(0, 4096):
+                break
+        if mine and start:
             Sender(journal, os.environ["MLFLOW_TRACKING_URI"], Path(start["root"]), errors, answers).run()
         errors.flush()
         os._exit(0)  # mlflow's threads have nothing left to do, and some take a second to find out

@@ -332,9 +332,9 @@ def _resume(name: str, state: RunState, plan: RunPlan) -> Found | None:
     state.begin()
     found = newest(state, plan.world_size, say)
     if found is not None and found.position.epoch < len(plan):
-        say(f"resuming at epoch {found.position.epoch + 1}, step {found.position.step}")
+        say(f"resuming train@{name} at epoch {found.position.epoch + 1}, step {found.position.step}")
     elif found is not None:
-        say(f"resuming after the last step, {found.position.step}")
+        say(f"resuming train@{name} after the last step, {found.position.step}")
     return found
 
 
