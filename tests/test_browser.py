@@ -127,6 +127,7 @@ def has_artifact(store: str, run: str, path: str) -> bool:
     return path in [item.path for item in client(store).list_artifacts(run, str(Path(path).parent))]
 
 
+@pytest.mark.long
 def test_a_person_finds_the_run_its_curve_and_its_preview(fresh: Path) -> None:  # noqa: F811
     from PIL import Image
 

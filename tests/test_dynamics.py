@@ -370,6 +370,7 @@ train(inputs, Path(sys.argv[1]), batch=dict(size=64, microbatch=16), optimizer=d
 """
 
 
+@pytest.mark.long
 def test_two_processes_measure_the_same(inputs, tmp_path):
     script = tmp_path / "script.py"
     root = str(Path(__file__).parents[1])

@@ -351,6 +351,7 @@ train((Path({store!r}), Path({augmented!r})), out / "a", callbacks=(Groups(out),
 """
 
 
+@pytest.mark.long
 def test_two_processes_take_the_rate_of_the_first(inputs, tmp_path):  # noqa: F811
     one = sweep(inputs, start=START, stop=STOP, num_steps=NUM_STEPS, **AUTO)
     script = tmp_path / "script.py"

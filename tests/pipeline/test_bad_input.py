@@ -110,6 +110,7 @@ def test_policy_with_a_mistyped_argument(fresh: Clone) -> None:
     assert "HorizontalFlip" in fails(fresh, "anneal", "check")
 
 
+@pytest.mark.long
 def test_unwritable_tracking_store_does_not_stop_training(fresh: Clone) -> None:
     """A path below a file can be created by nobody, not even by root."""
     fresh.set(tracking__uri="sqlite:///params.yaml/mlflow.db", trainer__epochs=1)

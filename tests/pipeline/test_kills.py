@@ -40,10 +40,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Clone:
 
 def test_killed_runs_end_like_an_undisturbed_one(base: Clone, tmp_path: Path) -> None:
     kills = [
-        Kill("inside a window", 13, "trainer"),
         Kill("checkpoint half written", 3, "trainer"),
         Kill("mid-batch", 9, "all"),
-        Kill("after the last step", 1, "trainer"),
     ]
     undisturbed = {"hardware__num_workers": 0, "hardware__checkpoint_every": "1 h"}
     reference = copy(base, tmp_path / "reference", {**EVERYTHING, **SHORT, **undisturbed})

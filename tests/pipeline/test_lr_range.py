@@ -7,6 +7,8 @@ import hashlib
 import shutil
 from pathlib import Path
 
+import pytest
+
 from tests.pipeline.conftest import Clone
 from tests.pipeline.test_bad_input import fails
 from tests.test_tracking import children, sqlite
@@ -59,6 +61,7 @@ def test_the_command_reads_no_test_image_and_writes_no_out(small: Clone, tmp_pat
     assert hashes(clone) == before
 
 
+@pytest.mark.long
 def test_auto_in_the_train_stage(small: Clone, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 

@@ -109,7 +109,8 @@ def test_each_key_touches_just_the_stages_that_list_it(small: Clone) -> None:
             watched = [(getattr(stage, "name", ""), dep) for stage in repo.index.stages for dep in stage.deps]
             watched = [(name.split("@")[0], dep) for name, dep in watched if isinstance(dep, ParamsDependency)]
             assert not any(dep.status() for _, dep in watched)
-            for key, value in flatten(values).items():
+            # Every third: a file is written and read for each, and there are hundreds.
+            for key, value in list(flatten(values).items())[::3]:
                 # Changing these changes dvc.yaml's own templates, that is which stages there are.
                 if key == "data.path" or key.startswith("ensemble.members"):
                     continue
@@ -142,6 +143,13 @@ def test_editing_one_key_runs_the_right_stages(small: Clone, tmp_path: Path) -> 
     assert fresh.ran(fresh.repro()) == ["evaluate", "report"]
     fresh.set(optimizer__SGD__lr=0.02)
     assert fresh.ran(fresh.repro()) == ["train@a", "diagnose", "evaluate", "report"]
+    fresh.set(hardware__num_workers=2, tracking__experiment="other")
+    assert fresh.ran(fresh.repro()) == []
+
+
+@pytest.mark.long
+def test_adding_and_removing_a_member_trains_no_other(small: Clone, tmp_path: Path) -> None:
+    fresh = copy(small, tmp_path, {})
     fresh.set(ensemble__members={"a": {"seed": 0}, "b": {"seed": 1}})
     assert fresh.ran(fresh.repro()) == ["train@b", "diagnose", "evaluate", "report"]
     # A removed member is no longer read, though its folder stays until `anneal prune`.
@@ -161,10 +169,9 @@ def test_editing_one_key_runs_the_right_stages(small: Clone, tmp_path: Path) -> 
     assert b"train@a" not in fresh.lock
     assert "train@b" not in fresh.ran(fresh.repro())
     assert fresh.run("anneal", "prune").stdout == ""
-    fresh.set(hardware__num_workers=2, tracking__experiment="other")
-    assert fresh.ran(fresh.repro()) == []
 
 
+@pytest.mark.long
 def test_changed_data_runs_again(fresh: Clone, tmp_path: Path) -> None:
     fresh.repro("augment")
     with zipfile.ZipFile(fresh.path / "data/digits.zip") as old:
@@ -176,6 +183,7 @@ def test_changed_data_runs_again(fresh: Clone, tmp_path: Path) -> None:
     assert fresh.ran(fresh.repro("augment"))[0] == "preprocess"
 
 
+@pytest.mark.long
 def test_experiments_and_the_queue_run_their_own_code(fresh: Clone) -> None:
     """`dvc exp run --temp` and `dvc queue` run, in a checkout of their own, and track into the same store."""
     fresh.repro("train@a")
