@@ -327,7 +327,12 @@ class Sender:
     def answered(self, number: int, since: float) -> bool:
         """Answer a question if it is time: the model is logged, or will not be for now."""
         known = self.player.answers if self.player else {}
-        if number not in known and not self.crashed and not self.gone(since) and time.monotonic() < since + PATIENCE_MODEL:
+        if (
+            number not in known
+            and not self.crashed
+            and not self.gone(since)
+            and time.monotonic() < since + PATIENCE_MODEL
+        ):
             return False
         with suppress(OSError):
             self.answers.write(json.dumps({"id": number, "uri": known.get(number)}).encode() + b"\n")
