@@ -55,7 +55,7 @@ def kill(whom):
         pids = [pid for pid in descendants(dvc()) if pid != MAIN]
         for pid in pids:  # none may see another die and do something about it
             os.kill(pid, signal.SIGSTOP)
-        for pid in pids:
+        for pid in reversed(pids):  # dvc last: this process dies with it
             os.kill(pid, signal.SIGKILL)
     os.kill(dvc() if whom == "dvc" else MAIN, signal.SIGKILL)
 
