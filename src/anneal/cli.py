@@ -1,4 +1,4 @@
-"""The few commands that are not stages: check, recipe, lr-range, microbatch, study, diff, summary, prune, predict, sync, ui."""
+"""The few commands that are not stages: their options, and the few lines that call what does the work."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,33 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--fresh", action="store_true", help="forget the runs of an earlier, interrupted call")
     study.set_defaults(run=_study)
 
+    ablate = commands.add_parser("ablate", help="say what each technique of the recipe earns; see docs/ablation.md")
+    ablate.add_argument(
+        "techniques", nargs="*", metavar="TECHNIQUE", help="default all that are on; --dry-run lists them"
+    )
+    ablate.add_argument("--add", action="store_true", help="add each alone to a recipe without any")
+    ablate.add_argument("--pairs", action="store_true", help="train without each pair too: their interactions")
+    ablate.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each variant (default 3)")
+    ablate.set_defaults(run=_ablate)
+
+    seeds = commands.add_parser("seeds", help="train n seeds, and say whether a change is real; see docs/seeds.md")
+    seeds.add_argument("number", type=int, metavar="N", help="seeds of the recipe, and of the changed one")
+    seeds.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="what to change, as in trainer.epochs=20")
+    seeds.set_defaults(run=_seeds)
+    for command in (ablate, seeds):
+        command.add_argument("--jobs", type=int, metavar="N", help="experiments at once (default: as the cores hold)")
+        command.add_argument("--member", metavar="NAME", help="whose recipe, where members differ by more than a seed")
+        command.add_argument("--dry-run", action="store_true", help="say what would be trained, and how long it takes")
+
+    search = commands.add_parser("search", help="search hyper-parameters on validation; see docs/search.md")
+    search.add_argument("--trials", type=int, metavar="N", help="of the study in all, in place of search.trials")
+    search.add_argument("--jobs", type=int, default=1, metavar="N", help="trials at a time (default 1)")
+    search.add_argument("--study", metavar="NAME", help="in place of search.study")
+    search.add_argument("--fresh", action="store_true", help="forget the trials of an earlier call")
+    search.add_argument("--show", action="store_true", help="print what was found so far, and run nothing")
+    search.add_argument("--force", action="store_true", help="overwrite a recipe of that name that no search wrote")
+    search.set_defaults(run=_search)
+
     diff = commands.add_parser("diff", help="say what differs between two runs in MLflow: params, data, code, ...")
     for letter in ("A", "B"):
         diff.add_argument(
@@ -81,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
         )
     diff.add_argument("--json", action="store_true", help="print JSON")
     diff.set_defaults(run=_diff)
+
+    compare = commands.add_parser("compare", help="say whether two runs predict differently, with interval and test")
+    compare.add_argument("a", metavar="A", help="git revision, DVC experiment, or a predictions.parquet")
+    compare.add_argument("b", metavar="B", nargs="?", help="the same; what is in the workspace where none is given")
+    compare.set_defaults(run=_compare)
 
     summary = commands.add_parser("summary", help="print the figures of the last run and what to try next")
     summary.set_defaults(run=_summary)
@@ -109,9 +142,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(options: argparse.Namespace) -> None:
     from anneal import recipe
+    from anneal.search.space import search_space
 
     values = params.load()
     checked = recipe.validate(values)
+    search_space(checked.search, values, recipe.json_schema())
     lines, courses = _resolved(values, checked)
     if options.brief:
         print("params.yaml is valid")
@@ -391,6 +426,30 @@ def _study(options: argparse.Namespace) -> None:
     print(f"\nsee {folder}/figure.png, {folder}/results.csv and MLflow's run `study {study.name}`; docs/studies.md")
 
 
+# ---- ablate, seeds --------------------------------------------------------------------------------------------------
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    from anneal.ablation.run import command
+
+    command(options)
+
+
+def _seeds(options: argparse.Namespace) -> None:
+    from anneal.seeds import command
+
+    command(options)
+
+
+# ---- search ---------------------------------------------------------------------------------------------------------
+
+
+def _search(options: argparse.Namespace) -> int:
+    from anneal.search.run import command
+
+    return command(options)
+
+
 # ---- diff -----------------------------------------------------------------------------------------------------------
 
 
@@ -402,6 +461,35 @@ def _diff(options: argparse.Namespace) -> None:
     found = compare(*read_runs(tracking["uri"], tracking["experiment"], [options.run_a, options.run_b]))
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(as_json(found) if options.json else as_text(found, colour=colour))
+
+
+# ---- compare --------------------------------------------------------------------------------------------------------
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from anneal.paired import as_lines, compare_runs, read_predictions
+
+    a, b = (read_predictions(_predictions(name), name or "the workspace") for name in (options.a, options.b))
+    print(f"a: {options.a}", f"b: {options.b or 'this workspace'}", *as_lines(compare_runs(a, b)), sep="\n")
+
+
+def _predictions(name: str | None) -> bytes:
+    """Return a predictions.parquet: a file, or what DVC has at a revision or of an experiment."""
+    path = Path(name or "reports/predictions.parquet")
+    if path.is_file():
+        return path.read_bytes()
+    if name is None:
+        raise UserError(f"{path}: no such file; train first: make repro, or dvc repro")
+    import dvc.api
+
+    try:
+        found = dvc.api.read("reports/predictions.parquet", rev=name, mode="rb")
+    except Exception as error:  # of git, of DVC, of its remotes
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{name}: neither a file nor a revision with reports/predictions.parquet in DVC's cache ({reason})"
+        ) from None
+    return bytes(found)
 
 
 # ---- summary --------------------------------------------------------------------------------------------------------
@@ -428,8 +516,22 @@ def _summary(_: argparse.Namespace) -> None:
                 f"  {label:<24}    {figure['accuracy']:.4f}  {low:.4f}-{high:.4f}"
                 f"      {figure['macro_f1']:.4f}  {figure['nll']:.4f}  {figure['ece']:.4f}"
             )
+    if "test" in metrics and (uses := _test_uses()):
+        print(f"\n{uses}")
     print("\nnext: `make ui` opens every run in MLflow; edit params.yaml and `make repro` trains again.")
     print("      reports/report.html is the whole story on one page.")
+
+
+def _test_uses() -> str | None:
+    """Return how often the test split was used, as far as MLflow says so in a few seconds."""
+    from anneal.tracking.split_uses import known_uses, sentence
+
+    with suppress(UserError, OSError, ValueError, KeyError):
+        digest = json.loads(Path("data/processed/dataset.json").read_text(encoding="utf-8"))["digest"]
+        tracking = params.load()["tracking"]
+        uses = known_uses(tracking["uri"], tracking["experiment"], digest)
+        return sentence(uses) if uses else None
+    return None
 
 
 # ---- prune ----------------------------------------------------------------------------------------------------------

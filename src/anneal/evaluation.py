@@ -1,4 +1,4 @@
-"""Every member, view and split into figures."""
+"""Every member, view and split into figures: what is predicted is combined, calibrated and compared, and written."""
 
 from __future__ import annotations
 
@@ -6,23 +6,45 @@ import csv
 import io
 import os
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
 
-from anneal import calibration, metrics, views
-from anneal.ensemble import COMBINE, Floats
+from anneal import breakdown, calibration, export, metrics, tta, views
+from anneal.baselines import baselines
+from anneal.candidates import as_candidate, beside
+from anneal.cost import prediction_cost
+from anneal.ensemble import COMBINE, Floats, probability_mean
+from anneal.figures import absent, headline, split_figures, tracked
 from anneal.params import Strict, UserError
+from anneal.predicting import Predictions, best_device, load_members, predict_split
 from anneal.reporting import evaluation as pictures
-from anneal.store import Labels, Split, Store, fresh_folder, write_json, write_text
+from anneal.robustness import RobustnessConfig
+from anneal.store import Store, fresh_folder, write_json, write_text
 
 if TYPE_CHECKING:
     import torch
+
+__all__ = [
+    "EvaluateConfig",
+    "Evaluation",
+    "Predictions",
+    "TTAConfig",
+    "baselines",
+    "best_device",
+    "evaluate",
+    "headline",
+    "load_members",
+    "predict_split",
+    "split_figures",
+    "tracked",
+    "write_predictions",
+    "write_reports",
+]
 
 View = str | dict[str, Any]
 
@@ -31,16 +53,13 @@ class TTAConfig(Strict):
     """``evaluate.tta``: the views of an image whose predictions are averaged."""
 
     views: Annotated[list[View], Field(min_length=1)]
-    average: Literal["probability", "logit"]
+    average: Literal["probability", "logit", "log_probability"]
+    select: Literal["none", "greedy"] = "none"
 
     @field_validator("views")
     @classmethod
     def _known(cls, value: list[View]) -> list[View]:
-        try:
-            views.parse_views(value)
-        except UserError as error:
-            raise ValueError(str(error).removeprefix("evaluate.tta.views")) from None
-        return value
+        return _parsed(views.parse_views, value, "evaluate.tta.views")
 
 
 class EvaluateConfig(Strict):
@@ -48,35 +67,35 @@ class EvaluateConfig(Strict):
 
     splits: Annotated[list[Literal["train", "val", "test"]], Field(min_length=1)]
     tta: TTAConfig
-    calibration: Literal["none", "temperature"]
+    calibration: Literal["none", "temperature", "vector"]
+    grid: list[View | list[View]]
+    soups: list[Literal["uniform", "greedy"]]
     bootstrap: Annotated[int, Field(ge=100)]
+    mistakes: Annotated[int, Field(ge=0, le=100)]
+    label_errors: Annotated[int, Field(ge=0)]
+    near_duplicates: bool
+    robustness: RobustnessConfig | None
 
-    @field_validator("splits")
+    @field_validator("grid")
+    @classmethod
+    def _known(cls, value: list[View | list[View]]) -> list[View | list[View]]:
+        return _parsed(views.parse_sets, value, "evaluate.grid")
+
+    @field_validator("splits", "soups")
     @classmethod
     def _once_each(cls, value: list[str]) -> list[str]:
         if len(set(value)) < len(value):
-            raise ValueError(f": found {', '.join(value)}, allowed: each split once")
+            raise ValueError(f": found {', '.join(value)}, allowed: each once")
         return value
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """What the members say about one split.
-
-    Parameters
-    ----------
-    labels
-        int64 (N,).
-    sources
-        N names of files.
-    plain, averaged
-        Log-probabilities, float64 (M, N, K): of the images as they are, and averaged over the views.
-    """
-
-    labels: Labels
-    sources: list[str]
-    plain: Floats
-    averaged: Floats
+def _parsed(parse: Callable[[Any], object], value: Any, key: str) -> Any:
+    """Return the value of a key if it can be parsed; else raise what pydantic puts the key before."""
+    try:
+        parse(value)
+    except UserError as error:
+        raise ValueError(str(error).removeprefix(key)) from None
+    return value
 
 
 @dataclass(frozen=True)
@@ -88,15 +107,24 @@ class Evaluation:
     classes
         K names.
     predictor
-        What reports/evaluation/predictor.json says: members, combine, views, average, temperature.
+        What reports/evaluation/predictor.json says: members, combine, weights where it has some, views, average,
+        temperature, calibration.
     predictions
         Split to what the members say, in the order of ``evaluate.splits``.
     exported, uncalibrated
-        Split to the exported predictor's probabilities, float64 (N, K), and to those before the temperature.
+        Split to the exported predictor's probabilities, float64 (N, K), and to those before calibration.
     figures
         What reports/metrics.json says.
+    tta
+        What reports/evaluation/tta.csv says, see `anneal.tta.table`.
+    tables
+        Name of a file in reports/evaluation/, without ``.csv``, to its rows; see `anneal.breakdown`.
+    soups
+        What reports/evaluation/soups.json says.
     baselines
-        Figures of the classes' shares in the training split as a constant prediction, by split.
+        What reports/evaluation/baselines.json says, see `anneal.baselines.baselines`.
+    cost
+        What reports/evaluation/cost.json says, see `anneal.cost.prediction_cost`.
     warnings
         One line each.
     """
@@ -107,7 +135,11 @@ class Evaluation:
     exported: dict[str, Floats]
     uncalibrated: dict[str, Floats]
     figures: dict[str, Any]
+    tta: list[dict[str, Any]]
+    tables: dict[str, list[dict[str, Any]]]
+    soups: dict[str, Any]
     baselines: dict[str, Any]
+    cost: dict[str, Any]
     warnings: list[str]
 
 
@@ -123,10 +155,13 @@ def evaluate(
     num_resamples: int,
     seed: int,
     device: str = "cpu",
+    select: str = "none",
+    grid: Sequence[View | list[View]] = (),
+    soups: Sequence[str] = (),
 ) -> Evaluation:
     """Predict each split with every member under every view, once, and turn it into figures.
 
-    The temperature is fitted on ``val`` whatever ``splits`` says; ``test`` is read only where ``splits`` has it.
+    What is fitted is fitted on ``val`` whatever ``splits`` says; ``test`` is read only where ``splits`` has it.
 
     Parameters
     ----------
@@ -139,246 +174,162 @@ def evaluate(
     tta_views, average
         As in ``evaluate.tta``.
     combine
-        A key of `anneal.ensemble.COMBINE`.
+        A key of `anneal.ensemble.COMBINE` or `anneal.ensemble.FITTED`.
     calibrate
-        ``none`` or ``temperature``.
+        A key of `anneal.calibration.KINDS`.
     num_resamples, seed
         Of the bootstrap behind each interval.
     device
         In torch's words; on a GPU the last digits differ.
+    select
+        ``none``: all views are averaged; ``greedy``: the identity and those that help on ``val``.
+    grid
+        Further sets of views, of `anneal.views.parse_sets`, which get rows of the grid and change nothing else.
+    soups
+        See `anneal.candidates.soups`; they change nothing else either.
 
     Raises
     ------
     UserError
-        A member is missing or was trained on other data, a split is empty, a member predicts NaN.
+        A member is missing or was trained on other data, a split is empty, a member predicts NaN, or a view is none for
+        these images or members.
     """
-    parsed = views.parse_views(tta_views)
-    classifiers, augmentations = load_members(store, members, device)
-    warnings = views.uncovered(parsed, augmentations)
-    for line in warnings:
-        print(f"warning: {line}", file=sys.stderr)
+    names = list(members)
+    drawn: dict[str, int] = {"num_resamples": num_resamples, "seed": seed}
+    classifiers, models = load_members(store, members, device)
+    listed, further = _views(store, dict(zip(names, classifiers, strict=True)), tta_views, grid, seed)
+    shown = views.with_identity(listed)
+    every = views.union([shown, *further.values()])
 
+    fits = export.needs_val(combine=combine, calibrate=calibrate, select=select) or "greedy" in soups
     everything = {
-        name: predict_split(classifiers, store.split(name), parsed, average, list(members))
-        for name in dict.fromkeys(["val", *splits] if calibrate == "temperature" else splits)
+        name: predict_split(classifiers, store.split(name), every, average, names)
+        for name in dict.fromkeys(["val", *splits] if fits else splits)
     }
-    uncalibrated = {name: COMBINE[combine](found.averaged) for name, found in everything.items()}
-    temperature = 1.0
-    if calibrate == "temperature":
-        temperature = calibration.fit_temperature(uncalibrated["val"], everything["val"].labels)
-    exported = {name: np.exp(calibration.apply_temperature(p, temperature)) for name, p in uncalibrated.items()}
-
+    chosen = export.choose(
+        everything["val"] if fits else None,
+        listed,
+        average=average,
+        combine=combine,
+        calibrate=calibrate,
+        select=select,
+    )
+    everything = {
+        name: replace(found, averaged=found.over(chosen.views, average)) for name, found in everything.items()
+    }
     predictions = {name: everything[name] for name in splits}
+    uncalibrated = {name: chosen.uncalibrated(found) for name, found in predictions.items()}
+    final = {name: calibration.apply(p, chosen.calibration) for name, p in uncalibrated.items()}
+    exported = {name: np.exp(p) for name, p in final.items()}
+
+    sets = further if chosen.views == [views.IDENTITY] else {breakdown.EXPORTED: chosen.views, **further}
+    others, said = beside(
+        soups,
+        members,
+        models,
+        store,
+        splits=splits,
+        val=everything.get("val"),
+        sets=sets,
+        average=average,
+        device=device,
+    )
+    tables: dict[str, list[dict[str, Any]]] = {}
     for name, found in predictions.items():
-        absent = [
-            c
-            for c, n in zip(
-                store.info.classes, np.bincount(found.labels, minlength=len(store.info.classes)), strict=True
-            )
-            if not n
-        ]
-        if absent:
-            warnings.append(f"{name}: has no image of {', '.join(absent)}; macro averages leave such a class out")
-            print(f"warning: {warnings[-1]}", file=sys.stderr)
+        of_split = breakdown.split_tables(
+            name,
+            found.labels,
+            [as_candidate("single", names, found, sets), *others[name]],
+            combine=combine,
+            shares=chosen.weights,
+            weigh=lambda indices: export.weigh(everything.get("val"), combine, indices),
+            averaged=found.averaged,
+            uncalibrated=uncalibrated[name],
+            exported=final[name] if chosen.is_calibrated else None,
+            classes=store.info.classes,
+            **drawn,
+        )
+        for file, rows in of_split.items():
+            tables.setdefault(file, []).extend(rows)
+    described = chosen.described(names)
+    passes = views.passes(chosen.views, store.info.height, store.info.width)
     return Evaluation(
         classes=store.info.classes,
-        predictor={
-            "members": list(members),
-            "combine": combine,
-            "views": views.entries_of(parsed),
-            "average": average,
-            "temperature": temperature,
-        },
+        predictor=described,
         predictions=predictions,
-        exported={name: exported[name] for name in splits},
-        uncalibrated={name: np.exp(uncalibrated[name]) for name in splits},
+        exported=exported,
+        uncalibrated={name: np.exp(p) for name, p in uncalibrated.items()},
         figures={
-            name: split_figures(
-                list(members), found, combine=combine, exported=exported[name], num_resamples=num_resamples, seed=seed
-            )
+            name: split_figures(names, found, combine=combine, shares=chosen.weights, exported=exported[name], **drawn)
             for name, found in predictions.items()
         },
-        baselines=baselines(store, {name: found.labels for name, found in predictions.items()}),
-        warnings=warnings,
+        tta=_tta_rows(everything, chosen, shown, splits, **drawn),
+        tables=tables,
+        soups=said,
+        baselines=baselines(store, {name: found.labels for name, found in predictions.items()}, exported, **drawn),
+        cost=prediction_cost(models, described["members"], views=len(chosen.views), passes=sum(passes)),
+        warnings=_warnings(chosen.views, models, predictions, store.info.classes),
     )
 
 
-def load_members(
-    store: Store, members: Mapping[str, Path], device: str
-) -> tuple[list[torch.nn.Module], dict[str, list[str]]]:
-    """Load classifiers, and by member the names of the transforms that it was trained with.
-
-    Raises
-    ------
-    UserError
-        A member is missing, or its classes or image size are not those of the store.
-    """
-    from anneal.models.build import load_classifier
-
-    classifiers: list[torch.nn.Module] = []
-    augmentations = {}
-    geometry = {name: getattr(store.info, name) for name in ("height", "width", "channels")}
-    for name, folder in members.items():
-        classifier, model = load_classifier(folder, folded=True)
-        of_model = {key: model["normalization"][key] for key in geometry}
-        if model["classes"] != store.info.classes or of_model != geometry:
-            raise UserError(
-                f"{folder}: was trained on other data than {store.path}; run `dvc repro train@{name}` first"
-            )
-        classifiers.append(classifier.to(device))
-        augmentations[name] = list(model["augmentation"])
-    return classifiers, augmentations
-
-
-def best_device(accelerator: str) -> str:
-    """Return the device in torch's words for ``hardware.accelerator``: one GPU where it asks for one and there is one."""
-    import torch
-
-    if accelerator in ("auto", "gpu") and torch.cuda.is_available():
-        return "cuda"
-    return "mps" if accelerator in ("auto", "mps") and torch.backends.mps.is_available() else "cpu"
-
-
-def predict_split(
-    classifiers: Sequence[torch.nn.Module],
-    split: Split,
-    parsed_views: Sequence[tuple[str, dict[str, Any]]],
-    average: str,
-    members: Sequence[str],
-) -> Predictions:
-    """Predict one split in batches of a fixed size, so that a rerun gives the same bytes.
-
-    Raises
-    ------
-    UserError
-        The split is empty, or a member predicts what is not finite.
-    """
-    from tqdm import tqdm
-
-    name, total = split.path.name, len(split)
-    if not total:
-        raise UserError(f"evaluate.splits: {name} holds no image, allowed: splits with images; see reports/data.json")
-    size = views.batch_size(*split.shards[0].shape[1:])
-    plain, averaged = [], []
-    done, spoke = 0, time.monotonic()
-    interactive = sys.stderr.isatty()
-    with tqdm(total=total, desc=f"predict {name}", unit="image", disable=not interactive, leave=False) as bar:
-        for images, _ in split.batches(size):
-            batch_plain, batch_averaged = views.predict(classifiers, images, parsed_views, average)
-            plain.append(batch_plain)
-            averaged.append(batch_averaged)
-            bar.update(len(images))
-            done += len(images)
-            if not interactive and (done == total or time.monotonic() - spoke > 5):
-                print(f"predict {name}: {done} of {total} images, {len(members)} members", file=sys.stderr)
-                spoke = time.monotonic()
-    found = Predictions(
-        labels=split.labels,
-        sources=[sample.source for sample in split.samples()],
-        plain=np.concatenate(plain, axis=1),
-        averaged=np.concatenate(averaged, axis=1),
-    )
-    for member, values, over_views in zip(members, found.plain, found.averaged, strict=True):
-        if not (np.isfinite(values).all() and np.isfinite(over_views).all()):
-            raise UserError(f"models/{member}: predicts NaN or infinity: its training diverged; lower optimizer.*.lr")
-    return found
-
-
-def split_figures(
-    members: Sequence[str], found: Predictions, *, combine: str, exported: Floats, num_resamples: int, seed: int
-) -> dict[str, Any]:
-    """Return one split's entry of metrics.json.
-
-    ``members``: each alone; ``single`` and ``tta``: the members' mean, without and with views; ``ensemble`` and
-    ``ensemble_tta``: the members combined, without and with views, the latter with the temperature, which makes it the
-    exported predictor; ``uncalibrated``: that without the temperature.
-
-    Parameters
-    ----------
-    members
-        M names.
-    found
-        Their predictions.
-    combine
-        A key of `anneal.ensemble.COMBINE`.
-    exported
-        Probabilities of the exported predictor, float64 (N, K).
-    num_resamples, seed
-        Of the bootstrap.
-    """
-    count = len(members)
-    predictors = [
-        *np.exp(found.plain),
-        *np.exp(found.averaged),
-        np.exp(COMBINE[combine](found.plain)),
-        exported,
-        np.exp(COMBINE[combine](found.averaged)),
+def _views(
+    store: Store,
+    networks: Mapping[str, torch.nn.Module],
+    tta_views: Sequence[View],
+    grid: Sequence[View | list[View]],
+    seed: int,
+) -> tuple[list[views.View], dict[str, list[views.View]]]:
+    """Return the views of ``evaluate.tta``, and the sets of ``evaluate.grid`` by their labels, once all networks take them."""
+    info = store.info
+    listed = views.resolve(views.parse_views(tta_views), channels=info.channels, seed=seed)
+    compared = [
+        views.resolve(each, channels=info.channels, seed=seed, key="evaluate.grid") for each in views.parse_sets(grid)
     ]
-    values = [metrics.figures(p, found.labels) for p in predictors]
-    resampled = metrics.bootstrap(predictors, found.labels, num_resamples=num_resamples, seed=seed)
-    each = [metrics.with_intervals(v, r) for v, r in zip(values, resampled, strict=True)]
-    single, tta = (
-        metrics.with_intervals(metrics.mean(values[chosen]), metrics.mean(resampled[chosen]))
-        for chosen in (slice(0, count), slice(count, 2 * count))
+    shape = (info.height, info.width, info.channels)
+    views.check_sizes(listed, networks, shape)
+    views.check_sizes([view for view in views.union(compared) if view not in listed], networks, shape, "evaluate.grid")
+    labels = views.told_apart([views.set_label(each) for each in compared])
+    return listed, dict(zip(labels, compared, strict=True))
+
+
+def _tta_rows(
+    everything: Mapping[str, Predictions],
+    chosen: export.Export,
+    shown: Sequence[views.View],
+    splits: Sequence[str],
+    *,
+    num_resamples: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Return the table of the views of ``evaluate.tta`` and the identity, which are the first that were predicted."""
+    size = next(iter(everything.values())).size
+    return tta.table(
+        views.told_apart([views.label_of(view) for view in shown]),
+        {name: found.by_view[:, : len(shown)] for name, found in everything.items()},
+        {name: found.labels for name, found in everything.items()},
+        chosen=[shown.index(view) for view in chosen.views],
+        splits=splits,
+        calibrate=chosen.is_calibrated,
+        **export.tta_arguments(shown, size, chosen.average, COMBINE.get(chosen.combine, probability_mean)),
+        num_resamples=num_resamples,
+        seed=seed,
     )
-    ensemble, ensemble_tta, uncalibrated = each[2 * count :]
-    return {
-        "members": dict(zip(members, each[:count], strict=True)),
-        "single": single,
-        "tta": tta,
-        "ensemble": ensemble,
-        "ensemble_tta": ensemble_tta,
-        "uncalibrated": uncalibrated,
-    }
 
 
-def baselines(store: Store, labels: Mapping[str, Labels]) -> dict[str, Any]:
-    """Return the figures of the training split's class shares as a constant prediction, for each split's labels.
-
-    Its accuracy is that of always saying the largest class; a classifier that does not beat it has learnt nothing.
-    """
-    counts = np.bincount(store.split("train").labels, minlength=len(store.info.classes))
-    shares = counts / counts.sum()
-    return {
-        "majority_class": {
-            "class": store.info.classes[int(counts.argmax())],
-            **{name: metrics.figures(np.tile(shares, (len(of), 1)), of) for name, of in labels.items()},
-        }
-    }
-
-
-def tracked(figures: Mapping[str, Any]) -> dict[str, float]:
-    """Return metrics.json as MLflow's metrics: ``test/accuracy`` is the exported predictor's, others ``test/ensemble/accuracy``.
-
-    The ends of the exported predictor's intervals are ``test/accuracy_ci_low`` and ``test/accuracy_ci_high``.
-    """
-    flat: dict[str, float] = {}
-    for split, of_split in figures.items():
-        groups = {f"members/{name}/": values for name, values in of_split["members"].items()}
-        groups |= {f"{name}/": of_split[name] for name in ("single", "tta", "ensemble", "uncalibrated")}
-        groups[""] = of_split["ensemble_tta"]
-        for prefix, values in groups.items():
-            for name, value in values.items():
-                if not isinstance(value, list):
-                    flat[f"{split}/{prefix}{name}"] = value
-                elif not prefix:
-                    flat[f"{split}/{name}_low"], flat[f"{split}/{name}_high"] = value
-    return flat
-
-
-def headline(figures: Mapping[str, Any]) -> dict[str, float]:
-    """Return the few metrics by which runs are compared, a row of the runs table each."""
-    names = (
-        "accuracy",
-        "macro_accuracy",
-        "macro_f1",
-        "nll",
-        "ece",
-        "single/accuracy",
-        "tta/accuracy",
-        "ensemble/accuracy",
-    )
-    return {name: value for name, value in tracked(figures).items() if name.split("/", 1)[1] in names}
+def _warnings(
+    exported_views: Sequence[views.View],
+    models: Mapping[str, Mapping[str, Any]],
+    predictions: Mapping[str, Predictions],
+    classes: Sequence[str],
+) -> list[str]:
+    """Return what a reader of the figures should know, and say it on the terminal."""
+    warnings = views.uncovered(exported_views, {name: list(model["augmentation"]) for name, model in models.items()})
+    for name, found in predictions.items():
+        if without := absent(found.labels, classes):
+            warnings.append(f"{name}: has no image of {', '.join(without)}; macro averages leave such a class out")
+    for line in warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    return warnings
 
 
 # ---- files ------------------------------------------------------------------------------------------------------------
@@ -392,7 +343,14 @@ def write_reports(found: Evaluation, reports: Path = Path("reports")) -> None:
     with fresh_folder(reports / "evaluation") as folder:
         write_json(folder / "predictor.json", found.predictor)
         write_json(folder / "baselines.json", found.baselines)
+        write_json(folder / "cost.json", found.cost)
         write_json(folder / "warnings.json", found.warnings)
+        write_json(folder / "soups.json", found.soups)
+        write_json(folder / "comparisons.json", found.tables["comparisons"])
+        for name, entries in found.tables.items():
+            header = breakdown.COMPARISON_KEYS if name == "comparisons" else list(entries[0])
+            write_text(folder / f"{name}.csv", csv_text(header, [list(entry.values()) for entry in entries]))
+        write_text(folder / "tta.csv", csv_text(list(found.tta[0]), [list(row.values()) for row in found.tta]))
         pairs = zip(labels, metrics.predicted(exported), strict=True)
         rows = [(found.classes[actual], found.classes[predicted]) for actual, predicted in pairs]
         write_text(folder / "confusion.csv", csv_text(["actual", "predicted"], rows))
@@ -405,7 +363,7 @@ def write_reports(found: Evaluation, reports: Path = Path("reports")) -> None:
         table = metrics.reliability(exported, labels)
         write_text(folder / "reliability.csv", csv_text(list(table[0]), [list(row.values()) for row in table]))
         tables = {"before calibration": metrics.reliability(found.uncalibrated[last], labels), "exported": table}
-        if found.predictor["temperature"] == 1.0:
+        if found.predictor["calibration"]["kind"] == "none":
             del tables["before calibration"]
         pictures.reliability_figure(tables, folder / "reliability.png", f"{last}: reliability")
     write_predictions(found, reports / "predictions.parquet")

@@ -17,10 +17,16 @@ TOP = 5
 """``top5`` counts a hit among the best five classes; with five classes or fewer it is 1."""
 
 BINS = 15
-"""Bins of the calibration error, of equal mass (Nguyen & O'Connor 2015), as many as Guo et al. 2017 use."""
+"""Bins of the calibration errors, as many as Guo et al. 2017 use; of equal mass after Nguyen & O'Connor 2015."""
+
+COVERAGES = (0.80, 0.90, 0.95)
+"""Shares of the images, the most confident ones, whose accuracy stands in the figures."""
 
 RESAMPLED = ("accuracy", "macro_accuracy", "macro_f1", "top5", "nll", "brier")
-"""Figures with an interval; the calibration error has none, since each resample's noise adds to it."""
+"""Figures with an interval; calibration errors have none, since each resample's noise adds to them."""
+
+NORMAL_95 = 1.96
+"""Standard deviations to either side of the mean that hold 95 % of a normal distribution."""
 
 CHUNK = 2**24
 """Largest number of drawn images held at once while resampling; a constant, for the draws' order depends on it."""
@@ -64,7 +70,7 @@ def top_k(probabilities: Floats, labels: Integers, k: int = TOP) -> float:
 
 def nll(probabilities: Floats, labels: Integers) -> float:
     """Return the mean negative log-likelihood in nats, probabilities clipped at 2.2e-16 (so at most 36 an image)."""
-    return float(_nll_by_image(probabilities, labels).mean())
+    return float(nll_by_image(probabilities, labels).mean())
 
 
 def brier(probabilities: Floats, labels: Integers) -> float:
@@ -111,6 +117,75 @@ def reliability(probabilities: Floats, labels: Integers, bins: int = BINS) -> li
     return rows
 
 
+def ece_equal_width(probabilities: Floats, labels: Integers, bins: int = BINS) -> float:
+    """Return the expected calibration error over bins of equal width, as most papers have it (Guo et al. 2017).
+
+    >>> ece_equal_width(np.array([[0.8, 0.2]] * 4), np.array([0, 0, 1, 1])).__round__(6)
+    0.3
+    """
+    hit = predicted(probabilities) == labels
+    return float(_error_by_column(probabilities.max(axis=1)[:, None], hit[:, None], bins)[0])
+
+
+def classwise_ece(probabilities: Floats, labels: Integers, bins: int = BINS) -> Floats:
+    """Return each class's calibration error: the mean over bins of |share of the class - its mean probability|.
+
+    All K probabilities of an image count, not the largest alone, each in the bins of its class, which have equal width;
+    bins are weighted by images. A class without an image counts too: its probability should be 0 (Kull et al. 2019).
+
+    Returns
+    -------
+    ndarray
+        float64 (K,); ``ece_classwise`` of `figures` is their mean.
+
+    Examples
+    --------
+    >>> classwise_ece(np.array([[0.8, 0.2]] * 4), np.array([0, 0, 1, 1])).round(6)
+    array([0.3, 0.3])
+    """
+    return _error_by_column(probabilities, labels[:, None] == np.arange(probabilities.shape[1]), bins)
+
+
+def _error_by_column(probabilities: Floats, happened: npt.NDArray[np.bool_], bins: int) -> Floats:
+    """Return the calibration error of each column of (N, C): what was said, and whether it happened. Bins are [low, high)."""
+    num_images, columns = probabilities.shape
+    edges = np.linspace(0, 1, bins + 1)
+    which = np.searchsorted(edges, probabilities, side="right") - 1  # a bin of its own for 1.0, as in torchmetrics
+    which += (bins + 1) * np.arange(columns)
+    size = (bins + 1) * columns
+    gaps = np.bincount(which.ravel(), (happened - probabilities).ravel(), size)
+    return np.abs(gaps).reshape(columns, bins + 1).sum(axis=1) / num_images
+
+
+def risk_coverage(probabilities: Floats, labels: Integers) -> Floats:
+    """Return the share of mistakes among the n most confident images, for n from 1 to N: float64 (N,).
+
+    Confidence is the largest probability. Where several images share one, their mistakes are spread evenly over them, so
+    that the order of the images does not matter. The last value is 1 - accuracy (El-Yaniv & Wiener 2010).
+
+    >>> risk_coverage(np.array([[0.6, 0.4], [0.9, 0.1]]), np.array([1, 0]))
+    array([0. , 0.5])
+    """
+    wrong = (predicted(probabilities) != labels).astype(np.float64)
+    _, group, counts = np.unique(-probabilities.max(axis=1), return_inverse=True, return_counts=True)
+    shared = np.repeat(np.bincount(group, wrong) / counts, counts)
+    return np.cumsum(shared) / np.arange(1, len(labels) + 1)
+
+
+def aurc(probabilities: Floats, labels: Integers) -> float:
+    """Return the area under the risk-coverage curve, the mean of `risk_coverage`; low is good (Geifman et al. 2019)."""
+    return float(risk_coverage(probabilities, labels).mean())
+
+
+def selective_accuracy(probabilities: Floats, labels: Integers, coverage: float) -> float:
+    """Return the accuracy on the share ``coverage`` of the images, rounded up, that are predicted most confidently."""
+    return float(1 - _at_coverage(risk_coverage(probabilities, labels), coverage))
+
+
+def _at_coverage(risks: Floats, coverage: float) -> float:
+    return float(risks[max(1, int(np.ceil(round(coverage * len(risks), 9)))) - 1])
+
+
 def confusion(probabilities: Floats, labels: Integers) -> Integers:
     """Return the confusion matrix: int64 (K, K), a row an actual class, a column a predicted one."""
     classes = probabilities.shape[1]
@@ -118,7 +193,8 @@ def confusion(probabilities: Floats, labels: Integers) -> Integers:
 
 
 def figures(probabilities: Floats, labels: Integers) -> dict[str, float]:
-    """Return all figures: accuracy, macro_accuracy, macro_f1, top5, nll, brier, ece."""
+    """Return all figures by name; see docs/evaluation.md."""
+    risks = risk_coverage(probabilities, labels)
     return {
         "accuracy": accuracy(probabilities, labels),
         "macro_accuracy": macro_accuracy(probabilities, labels),
@@ -127,6 +203,10 @@ def figures(probabilities: Floats, labels: Integers) -> dict[str, float]:
         "nll": nll(probabilities, labels),
         "brier": brier(probabilities, labels),
         "ece": ece(probabilities, labels),
+        "ece_equal_width": ece_equal_width(probabilities, labels),
+        "ece_classwise": float(classwise_ece(probabilities, labels).mean()),
+        "aurc": float(risks.mean()),
+        **{f"accuracy_at_{round(100 * share)}": 1 - _at_coverage(risks, share) for share in COVERAGES},
     }
 
 
@@ -163,7 +243,7 @@ def bootstrap(
             [
                 predicted(p) == labels,
                 _hits_in_top(p, labels, TOP),
-                _nll_by_image(p, labels),
+                nll_by_image(p, labels),
                 _brier_by_image(p, labels),
             ],
             axis=1,
@@ -171,7 +251,7 @@ def bootstrap(
         for p in predictions
     ]
     values: list[dict[str, list[Floats]]] = [{name: [] for name in RESAMPLED} for _ in predictions]
-    for counts in _resamples(num_images, num_resamples, seed):
+    for counts in resamples(num_images, num_resamples, seed):
         weights = counts.astype(np.float64)
         actual = _sums_by_group(counts, labels, num_classes)
         for index, p in enumerate(predictions):
@@ -192,18 +272,25 @@ def mean(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: np.mean([item[name] for item in items], axis=0) for name in items[0]}
 
 
-def with_intervals(values: Mapping[str, float], resampled: Mapping[str, Floats]) -> dict[str, Any]:
-    """Return figures, each followed by its 95 % percentile interval ``<name>_ci: [low, high]`` where it was resampled."""
+def with_intervals(values: Mapping[str, float], resampled: Mapping[str, Floats], num_images: int) -> dict[str, Any]:
+    """Return figures, each followed by its 95 % percentile interval ``<name>_ci: [low, high]`` where it was resampled.
+
+    All resamples of ``num_images`` images without a mistake are without one, which says little of other images: the interval of
+    an accuracy of 1, and of 0, is Wilson's (1927).
+    """
     result: dict[str, Any] = {}
     for name, value in values.items():
         result[name] = float(value)
         if name in resampled:
             low, high = np.quantile(resampled[name], [0.025, 0.975])
+            if name == "accuracy" and value in (0.0, 1.0):
+                open_end = NORMAL_95**2 / (num_images + NORMAL_95**2)
+                low, high = (1 - open_end, 1.0) if value else (0.0, open_end)
             result[f"{name}_ci"] = [float(low), float(high)]
     return result
 
 
-def _resamples(num_images: int, num_resamples: int, seed: int) -> Iterator[Integers]:
+def resamples(num_images: int, num_resamples: int, seed: int) -> Iterator[Integers]:
     """Yield how often each image was drawn, int64 (b, N) with rows that sum to N, ``num_resamples`` rows in all."""
     random = generator(seed, "bootstrap", num_images)
     rows = max(1, min(num_resamples, CHUNK // num_images))
@@ -245,7 +332,8 @@ def _hits_in_top(probabilities: Floats, labels: Integers, k: int) -> npt.NDArray
     return rank < k
 
 
-def _nll_by_image(probabilities: Floats, labels: Integers) -> Floats:
+def nll_by_image(probabilities: Floats, labels: Integers) -> Floats:
+    """Return the negative log-likelihood of each image, float64 (N,), whose mean is `nll`."""
     own = probabilities[np.arange(len(labels)), labels]
     return -np.log(np.clip(own, np.finfo(np.float64).eps, 1.0))
 

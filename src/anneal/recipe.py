@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
+from anneal import views
 from anneal.augment import AugmentConfig
 from anneal.batching import BatchConfig
 from anneal.ensemble import EnsembleConfig
@@ -20,6 +21,7 @@ from anneal.optimizers.config import OptimizerConfig
 from anneal.params import ParamsError, Strict, UserError, member, nearest, pydantic_faults, read_yaml
 from anneal.preprocess import PreprocessConfig, SplitConfig
 from anneal.schedules import ScheduleConfig
+from anneal.search.config import SearchConfig
 from anneal.sources import DataConfig
 from anneal.store import write_text
 from anneal.tracking import RegistryConfig, TrackingConfig
@@ -54,6 +56,7 @@ class Recipe(Strict):
     registry: RegistryConfig
     hardware: HardwareConfig
     tracking: TrackingConfig
+    search: SearchConfig
 
 
 def json_schema() -> dict[str, Any]:
@@ -88,16 +91,34 @@ def validate(values: Mapping[str, Any]) -> Recipe:
     except ValidationError as error:
         raise ParamsError(pydantic_faults(error, Recipe, values, "")) from None
     faults: list[str] = []
+    of_views: dict[str, list[str]] = {}
     for name in recipe.ensemble.members:
         merged = member(values, name)
         try:
-            Recipe.model_validate(merged)
+            checked = Recipe.model_validate(merged)
         except ValidationError as error:
             found = pydantic_faults(error, Recipe, merged, "")
             faults.extend(f"ensemble.members.{name}.{fault}" for fault in found)
+        else:
+            for fault in _view_faults(checked):
+                of_views.setdefault(fault, []).append(name)
+    for fault, names in of_views.items():
+        everyone = len(names) == len(recipe.ensemble.members)
+        faults.extend([fault] if everyone else [f"ensemble.members.{name}.{fault}" for name in names])
     if faults:
         raise ParamsError(faults)
     return recipe
+
+
+def _view_faults(recipe: Recipe) -> list[str]:
+    """Say which views of ``evaluate`` the network of a recipe, or of a member, or the size of the images does not allow."""
+    return views.conflicts(
+        recipe.evaluate.tta.views,
+        grid=recipe.evaluate.grid,
+        model=recipe.model.name,
+        normalize=recipe.preprocess.normalize,
+        size=recipe.preprocess.size,
+    )
 
 
 def shipped(folder: Path | str = "recipes") -> dict[str, str]:

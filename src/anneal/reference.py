@@ -173,7 +173,10 @@ def allowed(node: Mapping[str, Any], root: Mapping[str, Any]) -> str:
     return ", ".join(limits)
 
 
-PATTERNS = {"^[0-9a-f]{64}$": "64 hexadecimal digits"}
+PATTERNS = {
+    "^[0-9a-f]{64}$": "64 hexadecimal digits",
+    "^[A-Za-z0-9_-]{1,60}$": "letters, digits, `_` and `-`, at most 60",
+}
 """Regular expressions of the schema in words."""
 
 
@@ -327,14 +330,26 @@ WORDS: dict[str, str] = {
     "trainer.precision": "of the arithmetic; 16-mixed needs a GPU",
     "trainer.deterministic": "refuse operations whose result varies, warn of them, or allow them",
     "trainer.on_nan": "what becomes of a run whose loss or gradient is no longer finite",
+    "trainer.stop_on": "of diverging and dead_at_start: a run stops, with an error, once such a finding is certain",
     "ensemble.members": "who trains: a name to null or {} for no overrides, or to the seed and keys of any section from model to "
     "trainer",
-    "ensemble.combine": "how the members' predictions become one",
+    "ensemble.combine": "how the members' predictions become one; weighted and greedy fit weights on val",
     "evaluate.splits": "what gets figures; keep test out of experiment grids",
     "evaluate.tta": "test-time augmentation: views of an image whose predictions are averaged",
-    "evaluate.tta.views": "of identity, hflip, vflip, shifts, five_crop, scales, some with arguments",
-    "evaluate.tta.average": "what is averaged over the views",
-    "evaluate.calibration": "temperature: one factor of the logits, fitted on val",
+    "evaluate.tta.views": "of identity, hflip, vflip, shifts, five_crop, ten_crop, scales, rotations, dense, augment, some with "
+    "arguments",
+    "evaluate.tta.average": "what is averaged over the views; logit and log_probability give the same",
+    "evaluate.tta.select": "none: all views; greedy: identity and those that lower the loss on val",
+    "evaluate.calibration": "temperature: one factor of the logits, vector: a factor and a bias a class; fitted on val, and left out "
+    "where cross-validation says that it does not help",
+    "trainer.snapshots": "epochs at whose end the weights are kept, which evaluate combines as an ensemble of one run",
+    "evaluate.grid": "further views that grid.csv compares; a view stands for itself averaged with the image, a list of views for itself",
+    "evaluate.soups": "means of the members' weights, in the tables to compare with: of all members, or of those that help on val",
+    "search.storage": "database of the trials: a file, or a server's address (postgresql://..., mysql+pymysql://...); all that name the "
+    "same one share a study",
+    "search.sampler": "how the values of a trial are drawn; TPE learns from the trials so far",
+    "search.pruner": "which trials end early: those below the median of the others, or those that hyperband's brackets drop",
+    "search.metric": "of the validation split, for accuracy the higher the better, for the loss the lower",
     "hardware.accelerator": "what computes; auto: a GPU where there is one",
     "hardware.devices": "auto takes one CPU process, or all GPUs that divide the batch",
     "hardware.checkpoint_every": "most work that a kill can cost, as time or optimizer steps; docs/reproducibility.md",
@@ -576,10 +591,19 @@ SOURCES: dict[str, str] = {
     "trainer.restore_best": PRECHELT,
     "trainer.precision": _paper("Micikevicius et al. 2018", "1710.03740"),
     "ensemble.members": _paper("Lakshminarayanan et al. 2017", "1612.01474"),
-    "ensemble.combine": _paper("Lakshminarayanan et al. 2017", "1612.01474"),
+    "ensemble.combine": f"{_paper('Lakshminarayanan et al. 2017', '1612.01474')}; "
+    "[Caruana et al. 2004](https://doi.org/10.1145/1015330.1015432)",
+    "search.sampler": "[Bergstra et al. 2011](https://papers.nips.cc/paper/4443-algorithms-for-hyper-parameter-optimization)",
+    "search.pruner": _paper("Li et al. 2018", "1603.06560"),
     "evaluate.tta": ALEXNET,
+    "evaluate.tta.select": _paper("Molchanov et al. 2020", "2002.09103"),
     "evaluate.calibration": _paper("Guo et al. 2017", "1706.04599"),
+    "trainer.snapshots": _paper("Huang et al. 2017", "1704.00109"),
+    "evaluate.soups": _paper("Wortsman et al. 2022", "2203.05482"),
     "evaluate.bootstrap": "[Efron 1979](https://doi.org/10.1214/aos/1176344552)",
+    "evaluate.mistakes": f"{_paper('Sundararajan et al. 2017', '1703.01365')} (saliency)",
+    "evaluate.label_errors": f"{_paper('Northcutt et al. 2021', '1911.00068')}; {_paper('Bahri et al. 2020', '2004.12289')}",
+    "evaluate.robustness": _paper("Hendrycks & Dietterich 2019", "1903.12261"),
 }
 """Where methods come from, by the start of a key, the longest that fits; plain settings have none."""
 
@@ -598,11 +622,12 @@ PAGES: dict[str, tuple[str, ...]] = {
     "regularization": ("regularization",),
     "averaging": ("averaging",),
     "trainer": ("training",),
-    "ensemble": ("evaluation",),
-    "evaluate": ("evaluation",),
+    "ensemble": ("ensembles",),
+    "evaluate": ("evaluation", "tta", "mistakes", "robustness"),
     "registry": ("mlflow",),
     "hardware": ("training", "performance"),
     "tracking": ("mlflow",),
+    "search": ("search",),
 }
 """Pages of docs/ for each section."""
 

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anneal import views
-from anneal.calibration import apply_temperature
+from anneal import calibration, views
 from anneal.decoding import as_channels, decode, resize
-from anneal.ensemble import COMBINE, Floats
+from anneal.ensemble import COMBINE, FITTED, Floats, combined
 from anneal.params import UserError, one_line
 from anneal.sources import list_archive, list_folder, printable, read_file
 from anneal.store import Images
@@ -49,7 +48,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictor:
-    """The exported predictor: members, views and temperature as evaluate wrote them.
+    """The exported predictor: members, their weights, views and calibration as evaluate wrote them.
 
     Parameters
     ----------
@@ -61,8 +60,8 @@ class Predictor:
         ``size``, ``fit`` and ``interpolation`` of `anneal.decoding.resize`, which files go through first.
     classifiers
         M networks, uint8 NHWC to logits.
-    parsed_views, average, combine, temperature
-        What becomes of their predictions.
+    parsed_views, average, combine, weights, calibration
+        What becomes of their predictions; see `anneal.ensemble.combined` and `anneal.calibration.apply`.
     """
 
     classes: list[str]
@@ -74,7 +73,8 @@ class Predictor:
     parsed_views: list[tuple[str, dict[str, Any]]]
     average: str
     combine: str
-    temperature: float
+    weights: list[float] | None
+    calibration: dict[str, Any]
 
     def predict(self, images: Images) -> Floats:
         """Return probabilities, float64 (N, K), of images, uint8 (N, H, W, C).
@@ -94,8 +94,9 @@ class Predictor:
         return np.concatenate([np.empty((0, len(self.classes))), *parts])
 
     def _predict_batch(self, images: Images) -> Floats:
-        _, averaged = views.predict(self.classifiers, images, self.parsed_views, self.average)
-        return np.exp(apply_temperature(COMBINE[self.combine](averaged), self.temperature))
+        averaged = views.predict(self.classifiers, images, self.parsed_views, self.average)
+        together = combined(averaged, self.combine, self.weights)
+        return np.exp(calibration.apply(together, self.calibration))
 
     def prepare(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> Images:
         """Return an image file's content as `predict` takes it, uint8 (H, W, C), by the same steps as preprocess.
@@ -159,14 +160,25 @@ def load_predictor(root: Path | str = Path("."), device: str = "cpu") -> Predict
     try:
         exported = json.loads(path.read_text(encoding="utf-8"))
         members, parsed_views = list(exported["members"]), views.parse_views(exported["views"])
-        average, combine, temperature = exported["average"], exported["combine"], float(exported["temperature"])
+        average, combine, weights = exported["average"], exported["combine"], exported.get("weights")
+        # Predictors of earlier versions have a temperature alone.
+        fitted = dict(exported.get("calibration") or {"kind": "temperature", "temperature": exported["temperature"]})
         if not members:
             raise ValueError("it names no member")
+        if (
+            average not in views.AVERAGE
+            or combine not in {*COMBINE, *FITTED}
+            or fitted["kind"] not in calibration.KINDS
+        ):
+            raise ValueError(
+                f"it names no way to average, combine or calibrate: {average}, {combine}, {fitted['kind']}"
+            )
+        if combine in FITTED and len(weights) != len(members):
+            raise ValueError(f"it has {len(weights)} weights for {len(members)} members")
     except FileNotFoundError:
         raise UserError(f"{path}: no exported predictor; run `dvc repro` first") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{path}: damaged ({reason}); run `dvc checkout` or `dvc repro evaluate`") from None
+        raise _damaged(path, error) from None
     loaded = {name: load_classifier(root / "models" / name, folded=True) for name in members}
     models = [model for _, model in loaded.values()]
     for name, model in zip(loaded, models, strict=True):
@@ -178,6 +190,13 @@ def load_predictor(root: Path | str = Path("."), device: str = "cpu") -> Predict
         same = all(model[key] == first[key] for key in ("classes", "preprocessing"))
         if not same or any(model["normalization"][key] != value for key, value in geometry.items()):
             raise UserError(f"models/{name}: was trained on other data than the other members; run `dvc repro` first")
+    try:
+        with np.errstate(all="ignore"):
+            tried = combined(np.zeros((len(members), 1, len(first["classes"]))), combine, weights)
+            if not np.isfinite(calibration.apply(tried, fitted)).all():
+                raise ValueError("weights or calibration give no numbers")
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from None
     return Predictor(
         classes=first["classes"],
         **geometry,
@@ -186,8 +205,14 @@ def load_predictor(root: Path | str = Path("."), device: str = "cpu") -> Predict
         parsed_views=parsed_views,
         average=average,
         combine=combine,
-        temperature=temperature,
+        weights=weights,
+        calibration=fitted,
     )
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return UserError(f"{path}: damaged ({reason}); run `dvc checkout` or `dvc repro evaluate`")
 
 
 # ---- files, folders, archives ----------------------------------------------------------------------------------------

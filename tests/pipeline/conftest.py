@@ -109,6 +109,8 @@ def make_small(clone: Clone) -> Clone:
         model__resnet__widths=[8],
         model__resnet__depths=[1],
         evaluate__bootstrap=100,
+        evaluate__robustness=None,  # `digits` has it on
+        evaluate__label_errors=0,
     )
     return clone
 

@@ -58,9 +58,17 @@ def test_unknown_model(fresh: Clone) -> None:
     [
         ({"batch__size": 4096, "batch__microbatch": 4096}, ("batch.size", "4096", "200")),
         ({"hardware__devices": 3, "hardware__accelerator": "cpu"}, ("batch", "3")),
-        ({"preprocess__normalize": "pca"}, ("pca", "zca")),
-        ({"model__resnet__widths": [8] * 6, "model__resnet__depths": [1] * 6}, ("model.resnet",)),
-        ({"model__name": "mlp", "regularization__stochastic_depth": 0.1}, ("stochastic_depth",)),
+        pytest.param({"preprocess__normalize": "pca"}, ("pca", "zca"), marks=pytest.mark.long),
+        pytest.param(
+            {"model__resnet__widths": [8] * 6, "model__resnet__depths": [1] * 6},
+            ("model.resnet",),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            {"model__name": "mlp", "regularization__stochastic_depth": 0.1},
+            ("stochastic_depth",),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_conflicts(small: Clone, changes: dict[str, Any], words: tuple[str, ...]) -> None:

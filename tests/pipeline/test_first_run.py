@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -47,6 +49,8 @@ def test_every_out_is_there(digits: Clone) -> None:
         "models/c/initial.csv",
         "reports/data.json",
         "reports/diagnosis.json",
+        "reports/initial.csv",
+        "reports/learning_rate.csv",
         "reports/predictions.parquet",
         "reports/evaluation/predictor.json",
         "reports/report.html",
@@ -90,6 +94,29 @@ def test_dvc_shows_metrics_and_plots(digits: Clone) -> None:
     assert page.endswith("index.html")
     for title in ("loss", "accuracy", "confusion"):
         assert title in html.lower()
+
+
+def test_dvc_shows_what_differs_between_experiments(digits: Clone, tmp_path: Path) -> None:
+    """A copy, whose commit is one experiment and whose changed files are the other; DVC compares files, not runs."""
+    copy = Clone(tmp_path / "anneal")
+    shutil.copytree(digits.path, copy.path, ignore=shutil.ignore_patterns("mlruns", "mlflow.db*", "__pycache__"))
+    copy.run("git", "add", "-A")
+    copy.run("git", "commit", "-qm", "lock")
+    for name in ("reports/curves.csv", "reports/evaluation/reliability.csv", "reports/evaluation/confusion.csv"):
+        file = copy.path / name
+        header, first, *rest = file.read_text(encoding="utf-8").splitlines()
+        changed = ",".join("7" if cell in "0123456789" else cell for cell in first.split(","))
+        file.unlink()  # DVC may have linked it to its cache
+        file.write_text("\n".join([header, changed, *rest[:-1]]) + "\n", encoding="utf-8")
+    found = json.loads(copy.run("dvc", "plots", "diff", "HEAD", "--json").stdout)["data"]
+    titles = {
+        *("loss (mean of the members)", "accuracy (mean of the members)", "learning rate (mean of the members)"),
+        *("confusion of the exported predictor", "reliability of the exported predictor"),
+    }
+    assert set(found) >= titles
+    for title in titles:
+        revisions = {revision for plot in found[title] for revision in plot["revisions"]}
+        assert revisions == {"HEAD", "workspace"}, title
 
 
 def test_summary(digits: Clone) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,23 @@ def test_outs_are_tagged_with_the_hashes_of_dvc_lock(digits: Clone) -> None:
     (run,) = [r for r in children(sqlite(digits.path), "train") if r.data.tags["member"] == "b"]
     (out,) = locked["train@b"]["outs"]
     assert run.data.tags["out.models/b"] == out["md5"]
+
+
+def test_the_report_in_mlflow_says_when_and_where(digits: Clone, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    (run,) = children(sqlite(digits.path), "report")
+    copy = MlflowClient(sqlite(digits.path)).download_artifacts(run.info.run_id, "report.html", str(tmp_path))
+    text = Path(copy).read_text(encoding="utf-8")
+    out = (digits.path / "reports/report.html").read_text(encoding="utf-8")
+    before, execution = text.split('<section id="execution">')
+    assert before.split("</nav>")[1].strip() == out.split("</nav>")[1].split("</body>")[0].strip()
+    for label in ("preprocess", "augment", "train a", "train b", "train c", "diagnose", "evaluate"):
+        assert f"<td>{label}</td>" in execution
+    assert re.search(r"<td>train a</td><td[^>]*>([0-9]+ min )?[0-9.]+ s</td><td[^>]*>[0-9,]+</td>", execution)
+    assert "test set used by 1 recipe" in execution
+    assert run.data.tags["mlflow.source.git.commit"] in execution
+    assert "processor" in execution and "torch" in execution
 
 
 def test_the_logged_predictor_gives_the_figures_of_evaluate(digits: Clone, monkeypatch: pytest.MonkeyPatch) -> None:

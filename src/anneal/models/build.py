@@ -237,7 +237,9 @@ def _refuse(faults: list[str]) -> None:
         raise UserError("\n".join(faults))
 
 
-def load_classifier(folder: Path | str, *, folded: bool = False) -> tuple[Classifier, dict[str, Any]]:
+def load_classifier(
+    folder: Path | str, *, folded: bool = False, file: str = "weights.safetensors"
+) -> tuple[Classifier, dict[str, Any]]:
     """Load a trained member.
 
     Where model.json names a network by import path, that code is run.
@@ -248,6 +250,8 @@ def load_classifier(folder: Path | str, *, folded: bool = False) -> tuple[Classi
         Holds model.json and weights.safetensors.
     folded
         Whether batch norm layers are folded into the layers before them, where they can be: the same logits, sooner.
+    file
+        Of the weights, below the folder: those that are exported, or an average.
 
     Returns
     -------
@@ -265,7 +269,7 @@ def load_classifier(folder: Path | str, *, folded: bool = False) -> tuple[Classi
     folder = Path(folder)
     try:
         model = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        weights = load_file(folder / "weights.safetensors")
+        weights = load_file(folder / file)
     except FileNotFoundError:
         raise UserError(f"{folder}: no trained member here; run `dvc repro train@{folder.name}` first") from None
     except (ValueError, RecursionError, SafetensorError) as error:  # no JSON or not even text; no safetensors
@@ -283,11 +287,15 @@ def load_classifier(folder: Path | str, *, folded: bool = False) -> tuple[Classi
         classifier.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: weights.safetensors does not fit model.json ({reason}); train again") from None
+        raise UserError(f"{folder}: {file} does not fit model.json ({reason}); train again") from None
     classifier.eval()
-    if folded:
-        classifier.network = fold(classifier.network, classifier.normalization(_example(classifier.normalization)))
-    return classifier, model
+    return (fold_norms(classifier) if folded else classifier), model
+
+
+def fold_norms(classifier: Classifier) -> Classifier:
+    """Fold batch norm layers of a classifier in evaluation mode into the layers before them, and return it."""
+    classifier.network = fold(classifier.network, classifier.normalization(_example(classifier.normalization)))
+    return classifier
 
 
 def _example(normalization: Normalization) -> torch.Tensor:

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anneal.models.norms import SyncedBatchNorm
+from anneal.seeding import generator
+from anneal.store import Store
 
 
 def tracking_norms(network: nn.Module) -> dict[str, _BatchNorm]:
@@ -54,6 +56,33 @@ def recalibrate(network: nn.Module, batches: Iterable[torch.Tensor]) -> None:
                 layer.reset_running_stats()
                 layer.momentum = None  # a plain mean over all that it sees, however often a pass calls it
             network(batch)
+
+
+def recalibration_batches(store: Store, seed: int, images: int, microbatch: int) -> Iterator[torch.Tensor]:
+    """Yield training images as they are stored, without augmentation: the same in every epoch and on every device.
+
+    Parameters
+    ----------
+    store
+        The processed data set.
+    seed
+        Of the recipe or the member; which images are drawn depends on it alone.
+    images
+        How many are wanted: rounded down to whole batches, at least one, and no more than the training split has.
+    microbatch
+        Images of a batch: what batch normalisation sees in training. A split that has fewer is one batch.
+
+    Yields
+    ------
+    torch.Tensor
+        uint8 (microbatch, H, W, C).
+    """
+    split = store.split("train")
+    size = min(microbatch, len(split))
+    number = max(1, min(images, len(split)) // size)
+    index = generator(seed, "recalibrate").permutation(len(split))[: number * size]
+    for rows in index.reshape(number, size):
+        yield torch.from_numpy(split.take(rows))
 
 
 @contextmanager

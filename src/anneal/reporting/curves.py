@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -40,6 +40,9 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#0
 
 Histories = Mapping[str, Mapping[str, list[float]]]
 """Member to the columns of its history.csv."""
+
+Mark = tuple[str, str, int, int]
+"""Member, finding, and the first and last epoch that show it."""
 
 
 def mean_curves(histories: Histories) -> dict[str, list[float]]:
@@ -89,8 +92,16 @@ def curves_csv(histories: Histories) -> str:
     return buffer.getvalue()
 
 
-def draw_curves(histories: Histories, path: Path, *, measured_on: Mapping[str, str] | None = None) -> None:
+def draw_curves(
+    histories: Histories,
+    path: Path,
+    *,
+    measured_on: Mapping[str, str] | None = None,
+    marks: Sequence[Mark] = (),
+) -> None:
     """Draw loss and accuracy over epochs, a colour for each member and a style for each of `STYLES`; PNG to ``path``.
+
+    Below them each finding has a row, with a bar for each member over the epochs that show it.
 
     The same histories give the same bytes.
 
@@ -102,6 +113,8 @@ def draw_curves(histories: Histories, path: Path, *, measured_on: Mapping[str, s
         PNG to write.
     measured_on
         Member to what its training figures are measured on, such as ``augmented, mixed``, for the legend.
+    marks
+        Findings, in the order of their rows.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -111,9 +124,12 @@ def draw_curves(histories: Histories, path: Path, *, measured_on: Mapping[str, s
     trained_on = words.pop() if len(words) == 1 else ""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        figure = Figure(figsize=(10, 4), layout="constrained")
+        findings = list(dict.fromkeys(finding for _, finding, _, _ in marks))
+        heights = [4.0, 0.3 + 0.22 * len(findings)] if findings else [4.0]
+        figure = Figure(figsize=(10, sum(heights)), layout="constrained")
         drawn: set[str] = set()
-        places = figure.subplots(1, 2)
+        grid = figure.subplots(len(heights), 2, squeeze=False, sharex="col", height_ratios=heights)
+        places = grid[0]
         for axes, quantity in zip(places, ("loss", "accuracy"), strict=True):
             for i, history in enumerate(histories.values()):
                 for name, (style, _) in STYLES.items():
@@ -123,9 +139,14 @@ def draw_curves(histories: Histories, path: Path, *, measured_on: Mapping[str, s
                     drawn.add(name)
                     colour = COLOURS[i % len(COLOURS)]
                     axes.plot(history["epoch"], curve, color=colour, linestyle=style, linewidth=1.6, marker=".")
-            axes.set(xlabel="epoch", title=quantity)
+            axes.set(title=quantity)
+            axes.tick_params(labelbottom=True)
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
+        for axes in grid[-1]:
+            axes.set_xlabel("epoch")
+        for axes in grid[1:].flat:
+            _draw_marks(axes, marks, findings, list(histories))
         members = [Line2D([], [], color=colour, label=name) for colour, name in zip(COLOURS, histories, strict=False)]
         if len(members) == len(histories):
             places[0].legend(handles=members, fontsize=8)
@@ -136,3 +157,16 @@ def draw_curves(histories: Histories, path: Path, *, measured_on: Mapping[str, s
         ]
         places[1].legend(handles=curves, fontsize=8)
         figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
+
+
+def _draw_marks(axes: Any, marks: Sequence[Mark], findings: Sequence[str], members: Sequence[str]) -> None:
+    """Draw a row a finding, with a bar a member from its first to its last epoch."""
+    height = 0.8 / len(members)
+    for member, finding, first, last in marks:
+        i = members.index(member)
+        top = findings.index(finding) - 0.4 + (i + 0.5) * height
+        # Half an epoch on either side, so that a single epoch has a bar too.
+        axes.barh(top, last - first + 1, left=first - 0.5, height=0.8 * height, color=COLOURS[i % len(COLOURS)])
+    axes.set_yticks(range(len(findings)), [finding.replace("_", " ") for finding in findings], fontsize=8)
+    axes.set_ylim(len(findings) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)

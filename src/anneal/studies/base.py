@@ -100,6 +100,8 @@ QUICK: dict[str, Any] = {
         "threads": 1,
         "deterministic": True,
         "on_nan": "stop",
+        "stop_on": [],
+        "snapshots": [],
     },
     "ensemble": {"members": {"study": {}}},
     "evaluate": {"splits": ["val"]},

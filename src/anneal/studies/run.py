@@ -47,7 +47,7 @@ TRAINING = (
 TRACKED = ("seed", "preprocess", "augment", *TRAINING[:-1])
 """Sections that decide what a run does."""
 
-APART = ("studies", "reporting", "tracking", "cli.py", "serving.py", "pyfunc.py", "recipe.py", "conflicts.py")
+APART = ("studies", "search", "reporting", "tracking", "cli.py", "serving.py", "pyfunc.py", "recipe.py", "conflicts.py")
 """What of this package has no part in a run."""
 
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from anneal.tracking.execution import execution
 from anneal.tracking.files import artifact, data_set, link, picture, text
 from anneal.tracking.journal import Line
 from anneal.tracking.model import predictor
 from anneal.tracking.names import NOTE, description
 from anneal.tracking.runs import adopt, child, finish, start, start_study
 from anneal.tracking.session import Session
+from anneal.tracking.split_uses import recipes_on_test
 
 
 def tag(session: Session, *, key: str, value: str, **_: Any) -> None:
@@ -45,6 +47,12 @@ def curves(session: Session, *, values: dict[str, list[float]], time: int) -> No
         session.log_points(session.parent_id, points)
 
 
+def test_uses(session: Session, *, digest: str | None, **_: Any) -> int | None:
+    """Return how many recipes of the experiment have figures of a data set's test split."""
+    digest = digest or (session.info or {}).get("digest")
+    return len(recipes_on_test(session.client, [session.experiment_id], digest)) if digest else None
+
+
 CALLS: dict[str, Callable[..., Any]] = {
     "start": start,
     "start_study": start_study,
@@ -59,6 +67,8 @@ CALLS: dict[str, Callable[..., Any]] = {
     "data_set": data_set,
     "link": link,
     "predictor": predictor,
+    "test_uses": test_uses,
+    "execution": execution,
     "finish": finish,
 }
 """By the name that a journal has for a call; those in `session.POINTS` are made together."""

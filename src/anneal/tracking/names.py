@@ -101,10 +101,20 @@ def description(values: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
         "training": f"{at(values, 'trainer', 'epochs')} epochs, batch {at(values, 'batch', 'size')}",
         "ensemble": f"{', '.join(members)} ({at(values, 'ensemble', 'combine')})",
     }
-    lines = ["| figure | value |", "|---|---|", *(f"| {key} | {metrics[key]:.4f} |" for key in sorted(metrics)), ""]
+    lines = [
+        "| figure | value |",
+        "|---|---|",
+        *(f"| {key} | {_figure(key, metrics[key])} |" for key in sorted(metrics)),
+        "",
+    ]
     return "\n".join(
         [*(lines if metrics else []), "| | |", "|---|---|", *(f"| {k} | {_cell(v)} |" for k, v in rows.items())]
     )
+
+
+def _figure(key: str, value: float) -> str:
+    """Return a metric with as many digits as it has."""
+    return f"{value:.0f}" if key.endswith("_recipes") else f"{value:.4f}"
 
 
 def _cell(value: object) -> str:

@@ -19,6 +19,9 @@ from anneal.tracking.store import Store, permanent
 
 OPENING = ("start", "start_study")
 
+QUESTIONS = ("predictor", "test_uses", "execution")
+"""Calls whose answer the stage waits for."""
+
 
 class OutOfReach(Exception):
     """The store cannot be reached, or not now; the call keeps its place."""
@@ -48,7 +51,7 @@ class Player:
         self.closing = threading.Lock()
         self.closed = False
         self.gathering = False
-        self.answers: dict[int, str | None] = {}
+        self.answers: dict[int, Any] = {}
         until = None if live else max((line.arguments.get("time", 0) for line in journal.lines()), default=0)
         self.session = Session(store, journal, until)
         self.session.restore(sent.get("session", {}))
@@ -89,13 +92,13 @@ class Player:
                 self.session.log_own(points)
             elif group[0].name and group[0].name not in POINTS:
                 answer = call(self.session, group[0])
-                if group[0].name == "predictor":
+                if group[0].name in QUESTIONS:
                     self.answers[group[0].arguments["id"]] = answer
         except Exception as error:
             if group[0].name in OPENING or not permanent(error) or not self.session.store.reachable():
                 raise OutOfReach(error) from error
             self.refuse(error)
-            if group[0].name == "predictor":
+            if group[0].name in QUESTIONS:
                 self.answers[group[0].arguments["id"]] = None
         for _ in group:
             self.pending.popleft()

@@ -34,6 +34,12 @@ RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 PATIENCE_MODEL = 300.0
 """Seconds that a stage waits for the predictor to be logged, all calls before it included."""
 
+PATIENCE_USES = 10.0
+"""Seconds that a stage waits for the number of recipes that have used a test split."""
+
+PATIENCE_EXECUTION = 60.0
+"""Seconds that a stage waits for the times of the others: longer, since it asks at once, while mlflow is being imported."""
+
 PATIENCE_END = 300.0
 """Seconds that the end of a stage waits for MLflow to take all that is left."""
 
@@ -96,7 +102,7 @@ def stage_run(
 
 
 @contextmanager
-def study_run(values: Mapping[str, Any], study: str, *, key: str) -> Iterator[Run]:
+def study_run(values: Mapping[str, Any], study: str, *, key: str, kind: str = "study") -> Iterator[Run]:
     """Give the MLflow run of a study, which `Run.child` puts its runs below; it ends, and is as safe, as `stage_run`.
 
     Parameters
@@ -107,9 +113,11 @@ def study_run(values: Mapping[str, Any], study: str, *, key: str) -> Iterator[Ru
         Name of the study.
     key
         Fingerprint of all its runs: where there is a run of this key already, that one is continued.
+    kind
+        What it is, in the run's name: ``study lr``, ``search default``.
     """
     run = Run()
-    run._open(values, "start_study", "study", None, study=study, key=key)
+    run._open(values, "start_study", "study", None, study=study, key=key, kind=kind)
     with _ended(run):
         yield run
 
@@ -234,11 +242,54 @@ class Run:
             values=metrics or {},
             id=self._questions,
         )
-        self._wake(f"?{self._questions}\n".encode())
-        end = time.monotonic() + PATIENCE_MODEL + MARGIN
+        uri: str | None = self._ask(PATIENCE_MODEL)
+        return uri
+
+    def test_uses(self, digest: str | None = None) -> int | None:
+        """Return how many recipes have figures of a data set's test split, this one with them, once its own are logged.
+
+        It waits for the calls before it, a few seconds at most.
+
+        Parameters
+        ----------
+        digest
+            Of the processed data; None for that of this run.
+
+        Returns
+        -------
+        int or None
+            None where tracking is off or the store does not answer in time, and where nobody knows the data.
+        """
+        self._questions += 1
+        self._send("test_uses", digest=digest, id=self._questions)
+        uses: int | None = self._ask(PATIENCE_USES)
+        return uses
+
+    def execution(self) -> dict[str, Any] | None:
+        """Return when and where the stages of this recipe ran, as far as MLflow knows.
+
+        It waits for the calls before it, a minute at most; where the store is out of reach, some seconds.
+
+        Returns
+        -------
+        dict or None
+            ``stages``: the newest finished run of each, a dict of ``stage``, ``member``, ``seconds``, ``attempt`` and
+            ``earlier`` (DVC took its outs from the cache; the run is that of another recipe); ``environment``: the machine
+            of a member's training, name to text; ``commit``; ``test_uses``: as `test_uses`. None where tracking is off or
+            the store does not answer in time.
+        """
+        self._questions += 1
+        self._send("execution", id=self._questions)
+        found: dict[str, Any] | None = self._ask(PATIENCE_EXECUTION)
+        return found
+
+    def _ask(self, patience: float) -> Any:
+        """Return the answer to the call that was just written, None where none comes in so many seconds."""
+        self._wake(f"?{self._questions} {patience}\n".encode())
+        end = time.monotonic() + patience + MARGIN
         while answer := self._answer(end):
             if answer["id"] == self._questions:
-                return answer["uri"]
+                return answer["answer"]
         return None
 
     def describe(self, text: str) -> None:
@@ -255,6 +306,7 @@ class Run:
         series: Sequence[Mapping[str, Any]],
         began: int,
         ended: int,
+        status: str = "FINISHED",
     ) -> None:
         """Log a run of a study, which has ended, below the study's run; once where the study is continued.
 
@@ -270,9 +322,19 @@ class Run:
             Mappings with ``step`` and ``values`` (metrics by name).
         began, ended
             Milliseconds since 1970.
+        status
+            How it ended: ``FINISHED`` or ``FAILED``.
         """
         self._send(
-            "child", label=label, key=key, values=params, tags=tags, series=list(series), began=began, ended=ended
+            "child",
+            label=label,
+            key=key,
+            values=params,
+            tags=tags,
+            series=list(series),
+            began=began,
+            ended=ended,
+            status=status,
         )
 
     # ---- the journal and the process that sends it ------------------------------------------------------------------
@@ -282,8 +344,9 @@ class Run:
             return
         try:
             self._uri = tracking_uri(values["tracking"]["uri"])
-            # The password of a store stays out of the journal; who sends it has the address from where the stage has it.
+            # Passwords of stores stay out of the journal; who sends it has the address from where the stage has it.
             where = {**values["tracking"], "uri": redact(self._uri)}
+            kept = {name: section for name, section in values.items() if name != "search"}  # whose storage may have one
             root = repository()
             try:
                 self._journal = create(root, stage, member)
@@ -297,7 +360,7 @@ class Run:
                 call,
                 **common,
                 **arguments,
-                params={**values, "tracking": where},
+                params={**kept, "tracking": where},
                 root=str(root),
                 cwd=os.getcwd(),
                 script=os.path.relpath(sys.argv[0]),

@@ -51,7 +51,7 @@ def start(session: Session, *, resume: bool, time: int, **_: Any) -> None:
         log_data(session)
 
 
-def start_study(session: Session, *, study: str, key: str, time: int, **_: Any) -> None:
+def start_study(session: Session, *, study: str, key: str, time: int, kind: str = "study", **_: Any) -> None:
     """Find or make the run of a study."""
     earlier = session.search(f"tags.`study.key` = '{key}'")
     if earlier:
@@ -60,7 +60,7 @@ def start_study(session: Session, *, study: str, key: str, time: int, **_: Any) 
             session.client.delete_tag(run.info.run_id, "error")
     else:
         tags = {**session.tags, "stage": "study", "study.key": key, OWNER: session.journal.name}
-        run = once(session, f"tags.`study.key` = '{key}'", time, tags, f"study {study}")
+        run = once(session, f"tags.`study.key` = '{key}'", time, tags, f"{kind} {study}")
     session.run_id, session.run_began = run.info.run_id, run.info.start_time
     session.tag_all(session.run_id, {OWNER: session.journal.name, "process": session.process})
     session.client.update_run(session.run_id, status="RUNNING")
@@ -198,6 +198,7 @@ def child(
     series: list[dict[str, Any]],
     began: int,
     ended: int,
+    status: str = "FINISHED",
     **_: Any,
 ) -> None:
     """Log a run of a study, whole."""
@@ -224,7 +225,7 @@ def child(
     session.log_points(
         run_id, [Metric(k, float(v), ended, row["step"]) for row in series for k, v in row["values"].items()]
     )
-    session.client.set_terminated(run_id, "FINISHED", ended)
+    session.client.set_terminated(run_id, status, ended)
     session.client.set_tag(run_id, "run.key", key)  # last, so that only a whole run counts as logged
     session.logged.add(key)
 

@@ -23,7 +23,7 @@ from anneal.tracking.address import ENVIRONMENT, one_line, redact, say
 from anneal.tracking.journal import FOLDER, Journal, Writer
 from anneal.tracking.names import dvc_hash
 from anneal.tracking.player import OutOfReach, Player, await_predecessor, drain, end_killed
-from anneal.tracking.run import PATIENCE_END, PATIENCE_KILLED, PATIENCE_MODEL
+from anneal.tracking.run import PATIENCE_END, PATIENCE_KILLED
 from anneal.tracking.store import Store, process_name, silenced
 
 PATIENCE_CALL = 60.0
@@ -68,7 +68,7 @@ class Sender:
         self.store = Store(uri, root)
         self.player: Player | None = None
         self.ended = self.closed = self.done = self.crashed = False
-        self.questions: list[int] = []
+        self.questions: dict[int, float] = {}
         self.out_since: float | None = None
         self.stuck: str | None = None
         self.stuck_since = self.failed_at = 0.0
@@ -90,7 +90,8 @@ class Sender:
         for line in sys.stdin.buffer:
             with self.changed:
                 if line.startswith(b"?"):
-                    self.questions.append(int(line[1:]))
+                    number, patience = line[1:].split()
+                    self.questions[int(number)] = float(patience)
                 self.changed.notify_all()
         with self.changed:
             self.ended = True
@@ -315,27 +316,22 @@ class Sender:
             while not self.ended:
                 self.changed.wait(0.5 if self.questions else 2.0)
                 self.ended = self.ended or os.getppid() != stage
-                self.questions = [
-                    number
-                    for number in self.questions
-                    if not self.answered(number, asked.setdefault(number, time.monotonic()))
-                ]
+                self.questions = {
+                    number: patience
+                    for number, patience in self.questions.items()
+                    if not self.answered(number, asked.setdefault(number, time.monotonic()), patience)
+                }
         with suppress(OSError):
             end_killed(self.journal)  # where the stage could not say how it ended
         self.finish()
 
-    def answered(self, number: int, since: float) -> bool:
-        """Answer a question if it is time: the model is logged, or will not be for now."""
+    def answered(self, number: int, since: float, patience: float) -> bool:
+        """Answer a question if it is time: its call is made, or will not be in the seconds that the stage waits."""
         known = self.player.answers if self.player else {}
-        if (
-            number not in known
-            and not self.crashed
-            and not self.gone(since)
-            and time.monotonic() < since + PATIENCE_MODEL
-        ):
+        if number not in known and not self.crashed and not self.gone(since) and time.monotonic() < since + patience:
             return False
         with suppress(OSError):
-            self.answers.write(json.dumps({"id": number, "uri": known.get(number)}).encode() + b"\n")
+            self.answers.write(json.dumps({"id": number, "answer": known.get(number)}).encode() + b"\n")
         return True
 
     def finish(self) -> None:

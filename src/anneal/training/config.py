@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from anneal.diagnosis.live import LiveName
 from anneal.optimizers.config import NO_RATE, OWN_STEPS
 from anneal.params import Strict
 
@@ -137,6 +138,16 @@ class TrainerConfig(Strict):
     threads: Annotated[int, Field(ge=1)] | Literal["auto"]
     deterministic: bool | Literal["warn"]
     on_nan: Literal["stop", "skip"]
+    stop_on: list[LiveName]
+    snapshots: list[Annotated[int, Field(ge=1)]]
+
+    @model_validator(mode="after")
+    def _within_the_run(self) -> TrainerConfig:
+        late = [epoch for epoch in self.snapshots if epoch > self.epochs]
+        if late or len(set(self.snapshots)) < len(self.snapshots):
+            found = ", ".join(map(str, self.snapshots))
+            raise ValueError(f"snapshots: found {found}, allowed: epochs of the run, 1 to {self.epochs}, each once")
+        return self
 
 
 def rate_faults(optimizer: str, lr: float | str, lr_scaling: str) -> list[str]:

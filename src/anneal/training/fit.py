@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from anneal.batching import BatchConfig, RunPlan
 from anneal.models.build import count_macs, count_parameters
 from anneal.models.config import InitConfig, ModelConfig
 from anneal.models.initial_statistics import LayerStatistics, findings, initial_statistics
+from anneal.models.recalibration import recalibration_batches
 from anneal.optimizers.config import OptimizerConfig
 from anneal.processes import is_first_process
 from anneal.schedules import ScheduleConfig
@@ -34,6 +36,7 @@ from anneal.training.config import (
 from anneal.training.dynamics import Dynamics
 from anneal.training.history import Epoch, History, Steps, as_csv
 from anneal.training.interruption import interruptible
+from anneal.training.live import LiveFindings, Tell
 from anneal.training.logger import FunctionLogger, Write
 from anneal.training.lr_curve import LRRange
 from anneal.training.lr_range import found_rate, lr_range
@@ -41,8 +44,9 @@ from anneal.training.machine import global_settings, quiet
 from anneal.training.noise_scale import NoiseScale
 from anneal.training.norm_health import MeasureNorms, sample_size
 from anneal.training.progress import Progress
-from anneal.training.recalibrate import Recalibration, recalibration_batches
+from anneal.training.recalibrate import Recalibration
 from anneal.training.setup import first_batch, set_up
+from anneal.training.snapshots import Snapshots
 from anneal.training.state import RunState
 from anneal.training.train_evaluation import TrainEvaluation, images_to_evaluate, measured_on
 
@@ -137,6 +141,7 @@ def fit(
     hardware: HardwareConfig,
     state: RunState | None = None,
     log: Write | None = None,
+    tell: Tell | None = None,
     callbacks: tuple[pl.Callback, ...] = (),
 ) -> FitResult:
     """Train a member and write ``weights.safetensors``, ``model.json``, ``history.csv``, ``steps.csv``, ``layers.csv``.
@@ -168,13 +173,15 @@ def fit(
     log
         Called with metrics and the number of optimizer steps behind them: at each epoch's end with its figures, and with
         those of single steps (``step/...``).
+    tell
+        Called with ``live.finding`` and words when something is certain while the run goes on.
     callbacks
         Further Lightning callbacks.
 
     Raises
     ------
     UserError
-        The settings do not fit the data or the machine, or training diverged.
+        The settings do not fit the data or the machine, training diverged, or ``trainer.stop_on`` stopped it.
     Interrupted
         Stopped by Ctrl-C, SIGTERM or SIGUSR1; ``out`` was not written, but a checkpoint was.
     """
@@ -221,7 +228,16 @@ def fit(
     steps, dynamics = Steps(setup.plan.total_steps), Dynamics()
     measured = first_batch(setup.store, seed, most=sample_size(len(setup.train), batch.microbatch))[0]
     norms = MeasureNorms(measured)
-    own: list[pl.Callback] = [norms, history, best, steps, dynamics, Progress(name, setup.plan), *callbacks]
+    live = LiveFindings(
+        name,
+        stop_on=trainer.stop_on,
+        initial=initial,
+        steps=steps,
+        optimizer=optimizer.name,
+        chance=math.log(len(info.classes)) if loss.name == "cross_entropy" else math.inf,
+        tell=tell,
+    )
+    own: list[pl.Callback] = [norms, history, best, steps, dynamics, Progress(name, setup.plan), live, *callbacks]
     statistics = model.norm.batch.recalibrate
     if statistics.when == "always":
         # Once norms are measured, and before anything is evaluated.
@@ -238,6 +254,9 @@ def fit(
             else partial(recalibration_batches, setup.store, seed, statistics.images, batch.microbatch),
         )
         own.append(average)
+    snapshots = Snapshots(trainer.snapshots)
+    if trainer.snapshots:
+        own.append(snapshots)
     if batch.noise_microbatches:
         own.append(
             NoiseScale(setup.train, num_microbatches=batch.noise_microbatches, microbatch=batch.microbatch, seed=seed)
@@ -295,8 +314,10 @@ def fit(
             "layers.csv": norms.into(dynamics.rows),
             "initial.csv": initial,
         }
-        averages: dict[str, Any] = {averaging.name: averaged.weights} if averaged is not None and averaged.epoch else {}
-        write_member(out, kept.weights, values, tables, averages)
+        beside = {f"snapshots/{epoch}": of_epoch for epoch, of_epoch in sorted(snapshots.weights.items())}
+        if averaged is not None and averaged.epoch:
+            beside[f"averages/{averaging.name}"] = averaged.weights
+        write_member(out, kept.weights, values, tables, beside)
     return FitResult(
         rows=history.rows,
         best_epoch=kept.epoch,
@@ -343,17 +364,17 @@ def write_member(
     weights: dict[str, torch.Tensor],
     model: dict[str, Any],
     tables: Mapping[str, Sequence[Any]],
-    averages: Mapping[str, dict[str, torch.Tensor]],
+    beside: Mapping[str, dict[str, torch.Tensor]],
 ) -> None:
-    """Write the files of a member, ``tables`` by file name and ``averages`` by kind; the folder appears once all are whole."""
+    """Write the files of a member, ``tables`` and other weights by file name; the folder appears once all are whole."""
     from safetensors.torch import save
 
     with fresh_folder(out) as folder:
         # Not save_file, which makes a file that only its owner may read.
         (folder / "weights.safetensors").write_bytes(save(weights))
-        for kind, average in averages.items():
-            (folder / "averages").mkdir(exist_ok=True)
-            (folder / "averages" / f"{kind}.safetensors").write_bytes(save(average))
+        for name, other in beside.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / f"{name}.safetensors").write_bytes(save(other))
         write_json(folder / "model.json", model)
         for name, rows in tables.items():
             write_text(folder / name, as_csv(rows))

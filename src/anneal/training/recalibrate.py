@@ -1,46 +1,16 @@
-"""Which images running statistics are estimated on anew, and the callback that does so before each validation."""
+"""The callback that recalibrates batch normalisation before each validation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
-import torch
 
-from anneal.models.recalibration import recalibrate
-from anneal.seeding import generator
+from anneal.models.recalibration import recalibrate, recalibration_batches
 from anneal.store import Store
 
 if TYPE_CHECKING:
     from anneal.training.module import TrainingModule
-
-
-def recalibration_batches(store: Store, seed: int, images: int, microbatch: int) -> Iterator[torch.Tensor]:
-    """Yield training images as they are stored, without augmentation: the same in every epoch and on every device.
-
-    Parameters
-    ----------
-    store
-        The processed data set.
-    seed
-        Of the recipe or the member; which images are drawn depends on it alone.
-    images
-        How many are wanted: rounded down to whole batches, at least one, and no more than the training split has.
-    microbatch
-        Images of a batch: what batch normalisation sees in training. A split that has fewer is one batch.
-
-    Yields
-    ------
-    torch.Tensor
-        uint8 (microbatch, H, W, C).
-    """
-    split = store.split("train")
-    size = min(microbatch, len(split))
-    number = max(1, min(images, len(split)) // size)
-    index = generator(seed, "recalibrate").permutation(len(split))[: number * size]
-    for rows in index.reshape(number, size):
-        yield torch.from_numpy(split.take(rows))
 
 
 class Recalibration(pl.Callback):
@@ -52,7 +22,7 @@ class Recalibration(pl.Callback):
     Parameters
     ----------
     store, seed, images, microbatch
-        See `recalibration_batches`.
+        See `anneal.models.recalibration.recalibration_batches`.
     """
 
     def __init__(self, store: Store, *, seed: int, images: int, microbatch: int) -> None:

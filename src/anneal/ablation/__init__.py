@@ -1,0 +1,1 @@
+"""What each technique of a recipe earns: the techniques that are on, runs without each, and what the differences show."""

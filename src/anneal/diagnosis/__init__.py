@@ -1,0 +1,1 @@
+"""Learning curves in, findings out; imports no torch."""

@@ -1,0 +1,1 @@
+"""Hyper-parameter search: `anneal search`, docs/search.md."""
