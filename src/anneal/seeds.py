@@ -21,6 +21,7 @@ from anneal.ablation.techniques import possible
 from anneal.experiments.plan import decisive, make_plan, recipe_and_seeds
 from anneal.experiments.run import check_jobs, estimate, run_plan, training_seconds
 from anneal.params import UserError, nearest
+from anneal.significance import p_value
 from anneal.store import write_json
 
 RECIPE, CHANGED = "recipe", "changed"
@@ -251,7 +252,7 @@ def conclusion(found: Effect) -> str:
     if found.images_low is not None and found.images_high is not None:
         evidence.append(f"{points(found.images_low)} to {points(found.images_high)} over {found.images:,} images")
     if found.p is not None:
-        evidence.append(f"McNemar p = {found.p:.2g}")
+        evidence.append(f"McNemar {p_value(found.p)}")
     figures = f"{points(found.difference)} points ({', '.join(evidence)})"
     count = f"{found.seeds} seed{'s' * (found.seeds > 1)}"
     if found.verdict != "no difference shown":

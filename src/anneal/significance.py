@@ -178,17 +178,26 @@ def verdict(low: float, high: float, p: float = 0.0) -> str:
     return "better" if low > 0 else "worse"
 
 
+def p_value(p: float) -> str:
+    """Return a p value in words; below 0.0001 its size says nothing more.
+
+    >>> p_value(0.0312), p_value(1e-9)
+    ('p = 0.031', 'p < 0.0001')
+    """
+    return "p < 0.0001" if p < 0.0001 else f"p = {p:.2g}"
+
+
 def wording(found: Comparison) -> str:
     """Return a comparison's accuracy in words, in points of a per cent, never without its interval.
 
     >>> right, wrong = np.tile([0.9, 0.1], (20, 1)), np.tile([0.2, 0.8], (20, 1))
     >>> wording(compare(wrong, right, np.zeros(20, np.int64)))
-    'better by 100.00 points (95 % interval +100.00 to +100.00; McNemar p = 1.9e-06)'
+    'better by 100.00 points (95 % interval +100.00 to +100.00; McNemar p < 0.0001)'
     >>> wording(compare(right, right, np.zeros(20, np.int64)))
     'no difference shown: +0.00 points (95 % interval +0.00 to +0.00; McNemar p = 1)'
     """
     low, high, points = (100 * x for x in (found.accuracy_low, found.accuracy_high, found.accuracy_difference))
-    evidence = f"(95 % interval {low:+.2f} to {high:+.2f}; McNemar p = {found.mcnemar_p:.2g})"
+    evidence = f"(95 % interval {low:+.2f} to {high:+.2f}; McNemar {p_value(found.mcnemar_p)})"
     if found.accuracy_verdict == NO_DIFFERENCE:
         return f"{NO_DIFFERENCE}: {points:+.2f} points {evidence}"
     return f"{found.accuracy_verdict} by {abs(points):.2f} points {evidence}"

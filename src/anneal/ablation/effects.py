@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from anneal.metrics import Floats, Integers, resamples
-from anneal.significance import LEVEL, NO_DIFFERENCE, compare, sign_flip_p
+from anneal.significance import LEVEL, NO_DIFFERENCE, compare, p_value, sign_flip_p
 
 POWER = 0.8
 """Chance of seeing a difference that is there, which `seeds_needed` plans for."""
@@ -217,5 +217,5 @@ def in_words(found: Effect, words: Mapping[str, str]) -> str:
     if found.images_low is not None and found.images_high is not None:
         evidence.append(f"{points(found.images_low)} to {points(found.images_high)} over {found.images:,} images")
     if found.p is not None:
-        evidence.append(f"McNemar p = {found.p:.2g}")
+        evidence.append(f"McNemar {p_value(found.p)}")
     return f"{words[found.verdict]}: {points(found.difference)} points (95 % intervals {'; '.join(evidence)})"

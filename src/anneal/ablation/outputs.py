@@ -9,6 +9,7 @@ from typing import Any
 from anneal import params
 from anneal.ablation.table import WORDS, Ablation, Row, stated
 from anneal.reporting.ablation import page, plot
+from anneal.reporting.report.words import chance
 from anneal.store import write_json, write_text
 from anneal.studies.outputs import data_name, table
 
@@ -101,7 +102,7 @@ def effect_cells(found: Mapping[str, Any], words: Mapping[str, str] | None = Non
         "worse": "less together",
         "no difference shown": "no interaction shown",
     }
-    p = None if found["p"] is None else f"{found['p']:.2g}"
+    p = None if found["p"] is None else chance(found["p"])
     return [f"{100 * found['difference']:+.2f}", interval("seeds"), interval("images"), p, named[found["verdict"]]]
 
 

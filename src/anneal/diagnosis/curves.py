@@ -129,9 +129,16 @@ class Run:
 
     @property
     def handicap(self) -> float:
-        """Share of the accuracy on training images as stored that is lost as trained on, in the second half of the run; NaN if unknown."""
+        """Share of what was learnt of training images as stored that is lost as trained on, in the second half of the run.
+
+        NaN where it is not known.
+        """
         stored, trained = (float(late(self.curve(name)).mean()) for name in ("train_eval_accuracy", "train_accuracy"))
-        return 1 - trained / max(stored, 1e-12)
+        return 1 - self.learnt(trained) / max(self.learnt(stored), 1e-12)
+
+    def learnt(self, accuracy: float) -> float:
+        """Return an accuracy counted from chance: 0.5 is nothing with two classes, and much with a hundred."""
+        return (accuracy - 1 / self.num_classes) / (1 - 1 / self.num_classes)
 
     def standard_error(self, accuracy: float) -> float:
         """Return the standard error of a validation accuracy: ``sqrt(p (1 - p) / n)``, p drawn to a half by two images.
@@ -204,12 +211,14 @@ def noise(curve: Curve) -> float:
 
 
 def rise(curve: Curve) -> float:
-    """Return how far the end of a loss is above its lowest, over the lowest; the end is the last fifth's mean.
+    """Return how far the lowest of the last fifth of a loss is above its lowest, over the latter.
+
+    The lowest, as a rate that is too high makes some epochs high.
 
     >>> round(rise(np.array([2.0, 1.0, 1.0, 1.1, 1.2])), 3)
     0.19
     """
-    return float((end(curve).mean() - curve.min()) / (curve.min() + FLOOR))
+    return float((end(curve).min() - curve.min()) / (curve.min() + FLOOR))
 
 
 def spread_entropy(accuracy: float, num_classes: int) -> float:

@@ -37,6 +37,8 @@ FASTER = 3.5
 """Speed at which the training loss falls on to `HALF`, over that before: a run that is slow throughout has no slow start."""
 HALF = 0.5
 """Training loss over that of chance, up to which the speed after the start is taken."""
+FADING = 0.03
+"""Initial outputs or gradients of a layer over those of the input or the logits, below which they explain a slow start."""
 STILL_UPDATE = 1e-3
 """Median over layers of update over weights, below which weights hardly move (Karpathy, CS231n)."""
 TOO_LOW = 0.2
@@ -50,7 +52,7 @@ LEARNT_ALL = 0.01
 """Training loss over that of chance, below which nothing is left to learn."""
 FLAT = 0.15
 """Relative fall of the loss between the last two fifths of a run, below which it is flat."""
-STILL_FALLING = 0.025
+STILL_FALLING = 0.015
 """Relative fall of the validation loss between the last two fifths of a run."""
 BEYOND_NOISE = 5.0
 """The same, over the mean rise from epoch to epoch."""
@@ -59,12 +61,17 @@ STILL_FALLING_ANNEALED = 0.15
 LEARNT = 0.65
 """Accuracy on training images, from chance at 0 to 1, below which there is something left to learn, where more is missing than
 the gap."""
-HANDICAP = 0.3
-"""Accuracy on training images as stored less that as trained on, over the former, from which on regularisation is heavy."""
+HANDICAP = 0.4
+"""Accuracy on training images as stored less that as trained on, over the former, both counted from chance, from which on
+regularisation is heavy."""
+LITTLE = 0.15
+"""Accuracy, from chance at 0 to 1, below which errors say nothing of labels."""
 GAP = 0.1
 """Training accuracy less validation accuracy, from which on it is called overfitting."""
 VARIANCE = 0.5
 """The same over the training error, from which on it is: where more is missing on training images, that comes first."""
+BY_HEART = 0.05
+"""Training error, up to which a network with that gap knows the training images by heart: how their loss moves says nothing."""
 GENERALIZATION_LOSS = 0.05
 """Rise of the validation loss over its lowest: Prechelt (1998), GL at alpha = 5."""
 HOLDS = 2.0
@@ -79,6 +86,8 @@ IMBALANCE = 10.0
 """Training images of the largest class over those of the smallest."""
 SPREAD_ERRORS = 0.92
 """Lowest validation loss over that of errors spread evenly over all classes, from which on labels may be wrong."""
+ALIKE = 0.5
+"""Training error over validation error where validation loss was lowest, from which on what is wrong is wrong in both."""
 MEMORIZED = 0.1
 """Training accuracy at the end less that where validation loss was lowest, from which on what was learnt since helped none."""
 
@@ -197,7 +206,7 @@ def _too_high(run: Run) -> Finding | None:
     """Find losses that rise as often as they fall, on training and validation images alike (Smith 2018, 3)."""
     train = bounce(run.curve("train_eval_loss" if run.as_stored else "train_loss"))
     val = bounce(run.curve("val_loss"))
-    if run.epochs < 4 or math.sqrt(train * val) < BOUNCE or run.train_left < LEARNT_ALL:
+    if run.epochs < 6 or math.sqrt(train * val) < BOUNCE or run.train_left < LEARNT_ALL or _by_heart(run):
         return None
     evidence = {
         "rise_of_val_loss": val,
@@ -229,7 +238,11 @@ def _slow_start(run: Run) -> Finding | None:
     """Find a loss that stays at that of chance for a while, and then falls (Glorot & Bengio 2010; Goyal et al. 2017)."""
     share, step, faster = _start(run)
     reached = run.train_left
-    if share < SLOW_START or (step or 0.0) < SLOW_STEPS or faster < FASTER or reached > STARTED:
+    figures = _initial_figures(run)
+    weakest = min(figures["least_output"], figures["least_gradient"]) if figures else math.nan
+    if share < SLOW_START or (step or 0.0) < SLOW_STEPS or reached > STARTED:
+        return None
+    if faster < FASTER and not weakest < FADING:
         return None
     evidence = {
         "share_of_run": share,
@@ -237,6 +250,7 @@ def _slow_start(run: Run) -> Finding | None:
         "chance": run.train_chance,
         "last_loss_over_chance": reached,
         "faster": faster,
+        "weakest_initial_signal": weakest,
     }
     change = {
         "init.name": "kaiming_normal, or lsuv",
@@ -255,7 +269,7 @@ def _plateau(run: Run) -> Finding | None:
     # The mean over an epoch's steps is the steadier curve, those at epochs' ends show what a step may change.
     loss = run.curve("train_loss")
     rises, falls, level = bounce(run.curve("train_eval_loss") if run.as_stored else loss), fall(loss), run.train_left
-    if rises < PLATEAU_BOUNCE or falls > FLAT or level < LEARNT_ALL:
+    if rises < PLATEAU_BOUNCE or falls > FLAT or level < LEARNT_ALL or _by_heart(run):
         return None
     evidence = {"fall": falls, "rise_from_epoch_to_epoch": rises, "last_train_loss": float(loss[-1])}
     evidence |= {"update_ratio": _hot_update(run)}
@@ -292,10 +306,8 @@ def _underfitting(run: Run) -> Finding | None:
     """Find a low accuracy on the training data itself (Ng 2018, ch. 20-25: avoidable bias)."""
     val = float(run.curve("val_accuracy").max())
     train, gap = run.train_accuracy, run.gap
-    at_chance = val < 1 / run.num_classes + 3 * run.standard_error(1 / run.num_classes)
-    # Of what chance leaves to learn: 0.5 is nothing with two classes, and much with a hundred.
-    learnt = None if train is None else (train - 1 / run.num_classes) / (1 - 1 / run.num_classes)
-    unlearnt = train is not None and gap is not None and learnt is not None and learnt < LEARNT and 1 - train > gap
+    at_chance = val < _above_chance(run)
+    unlearnt = train is not None and gap is not None and run.learnt(train) < LEARNT and 1 - train > gap
     if not at_chance and not unlearnt:
         return None
     evidence = {"last_train_accuracy": train, "best_val_accuracy": val, "chance": 1 / run.num_classes, "gap": gap}
@@ -313,6 +325,8 @@ def _over_regularized(run: Run) -> Finding | None:
     """Find training that is much harder than the task, and images that are not learnt as they are (Smith 2018, 4)."""
     left = run.train_left
     if not (run.as_stored and run.handicap >= HANDICAP and left >= TOO_LOW) or _small_statistics(run):
+        return None
+    if late(run.curve("train_eval_accuracy")).mean() < _above_chance(run):
         return None
     evidence = {
         "train_accuracy": float(run.curve("train_accuracy")[-1]),
@@ -464,13 +478,16 @@ def _label_noise(run: Run) -> Finding | None:
     # Right labels are learnt first, and wrong ones by heart.
     train = run.curve("train_eval_accuracy" if run.as_stored else "train_accuracy")
     since = float(train[-1] - train[best]) if run.as_stored or not run.mixed else 0.0
-    if ratio < SPREAD_ERRORS or a < 2 / run.num_classes or since < MEMORIZED or best >= run.epochs / 2:
+    # In training images as many labels are wrong as in validation; of few images the right ones are learnt by heart as well.
+    alike = float(1 - train[best]) / max(1 - a, 1e-12)
+    if ratio < SPREAD_ERRORS or run.learnt(a) < LITTLE or since < MEMORIZED or alike < ALIKE:
         return None
     evidence = {
         "lowest_val_loss": float(loss[best]),
         "val_accuracy_then": a,
         "loss_of_errors_spread_evenly": spread_entropy(a, run.num_classes),
         "ratio": ratio,
+        "train_error_over_val_error_then": alike,
         "train_accuracy_since": since,
         "last_val_loss": float(loss[-1]),
     }
@@ -515,12 +532,13 @@ EXPLAINED: dict[str, set[str]] = {
         "label_noise",
     },
     "learning_rate_too_low": {"dead_layers", "exploding_layers"},
+    "over_regularized": {"dead_layers", "learning_rate_too_low"},
     "slow_start": {"learning_rate_too_low", "over_regularized", "batch_too_small_for_batch_norm"},
     "stopped_too_early": {"learning_rate_too_low"},
     "plateau": {"dead_layers"},
     # On few images a rise is chance.
     "learning_rate_too_high": {"noisy_validation"},
-    "overconfidence": {"learning_rate_too_high", "plateau", "noisy_validation"},
+    "overconfidence": {"noisy_validation"},
     "label_noise": {"exploding_layers", "learning_rate_too_low", "over_regularized"},
 }
 """Finding to those that it is a mere consequence of."""
@@ -603,6 +621,16 @@ def _start(run: Run) -> tuple[float, float | None, float]:
     before, after = (1 - STARTED) / (first + 1), (STARTED - float(smooth[half])) / max(1, half - first)
     step = first + window - 1
     return step / len(losses), float(run.steps["step"][step]), after / before
+
+
+def _by_heart(run: Run) -> bool:
+    """Say whether all training images are known, and many others are not."""
+    return run.gap is not None and run.gap >= GAP and 1 - (run.train_accuracy or 0.0) <= BY_HEART
+
+
+def _above_chance(run: Run) -> float:
+    """Return the accuracy that is three standard errors above that of guessing."""
+    return 1 / run.num_classes + 3 * run.standard_error(1 / run.num_classes)
 
 
 def _small_statistics(run: Run) -> bool:

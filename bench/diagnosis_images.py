@@ -1,0 +1,120 @@
+"""Images for bench/diagnosis.py: five small data sets, of which one is drawn here."""
+
+from __future__ import annotations
+
+import gzip
+import tarfile
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+ROOT = Path(__file__).parents[1]
+
+Images = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
+"""Images, uint8 (N, H, W, C), and their labels, int64 (N,)."""
+
+
+def images_of(data: str, fashion: Path, clothing: Path) -> Images:
+    """Return a data set of bench/diagnosis.py; ``fashion`` is the folder of Fashion-MNIST's files, ``clothing`` an archive."""
+    if data == "digits":
+        return digits()
+    if data == "patches":
+        return patches(clothing)
+    if data == "letters":
+        return letters()
+    images, labels = fashion_mnist(fashion)
+    if data == "fashion-mnist":
+        return images[:12_000], labels[:12_000]
+    garments = [0, 2, 3, 4, 6]
+    worn = np.flatnonzero(np.isin(labels, garments))
+    worn = worn[worn >= 12_000][:12_000]
+    return images[worn], np.searchsorted(garments, labels[worn]).astype(np.int64)
+
+
+def digits() -> Images:
+    """Return the digits of data/digits.zip: 8 x 8, grey, 10 classes."""
+    from anneal.decoding import decode
+    from anneal.sources import open_source
+
+    source = open_source(ROOT / "data" / "digits.zip", "auto")
+    names = list(source.classes)
+    items = [(decode(bytes(item.load()), max_pixels=10**6), names.index(item.label)) for item in source]
+    images = np.stack([image for image, _ in items])
+    return images[..., :1], np.array([label for _, label in items], np.int64)
+
+
+def fashion_mnist(folder: Path) -> Images:
+    """Return the training images of Fashion-MNIST at half their size: 14 x 14, grey, 10 classes."""
+    raw = gzip.decompress((folder / "train-images-idx3-ubyte.gz").read_bytes())[16:]
+    labels = gzip.decompress((folder / "train-labels-idx1-ubyte.gz").read_bytes())[8:]
+    images = np.frombuffer(raw, np.uint8).reshape(-1, 14, 2, 14, 2)
+    halved = images.astype(np.float32).mean((2, 4)).round().astype(np.uint8)
+    return halved[..., None], np.frombuffer(labels, np.uint8).astype(np.int64)
+
+
+PATCH, SHRINK = 8, 2
+"""Pixels a side of a patch, and of the photograph to one of its pixels."""
+
+
+def patches(archive: Path) -> Images:
+    """Return patches of ten photographs, of each class the largest; a patch's label is the photograph that it is from.
+
+    Patches do not overlap. The photographs themselves are too few, two hundred a class, for any recipe to be sound.
+    """
+    largest: dict[str, tuple[int, str, npt.NDArray[np.uint8]]] = {}
+    with tarfile.open(archive) as tar:
+        for member in sorted((each for each in tar if each.isfile()), key=lambda each: each.name):
+            name = Path(member.name).parent.name
+            file = tar.extractfile(member)
+            if file is None or Path(member.name).suffix != ".jpg":
+                continue
+            with Image.open(file) as image:
+                area = image.width * image.height
+                if name not in largest or area > largest[name][0]:
+                    largest[name] = area, member.name, np.asarray(image.convert("RGB"))
+    images, labels = [], []
+    for label, name in enumerate(sorted(largest)):
+        photograph = largest[name][2].astype(np.float32)
+        rows, columns = (side // (PATCH * SHRINK) for side in photograph.shape[:2])
+        cut = photograph[: rows * PATCH * SHRINK, : columns * PATCH * SHRINK]
+        small = cut.reshape(rows, PATCH, SHRINK, columns, PATCH, SHRINK, 3).mean((2, 5))
+        found = small.transpose(0, 2, 1, 3, 4).reshape(-1, PATCH, PATCH, 3).round().astype(np.uint8)
+        images.append(found)
+        labels += [label] * len(found)
+    return np.concatenate(images), np.array(labels, np.int64)
+
+
+LETTERS = "ABCDEFGHIJKL"
+SIDE, LARGER = 12, 4
+"""Pixels a side of a letter, and how much larger it is drawn."""
+
+
+def letters(count: int = 6000) -> Images:
+    """Return letters in the text fonts that come with matplotlib, turned, sheared, blurred and noisy: 12 x 12, grey, 12 classes."""
+    draw = np.random.default_rng(0)
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    kinds = ("DejaVuSans*", "DejaVuSerif*", "STIXGeneral*", "cmr10*", "cmss10*", "cmtt10*", "cmb10*")
+    found = sorted(path for kind in kinds for path in folder.glob(f"{kind}.ttf"))
+    fonts = [path for path in found if "Display" not in path.name]  # those have no plain letters
+    images = np.empty((count, SIDE, SIDE, 1), np.uint8)
+    labels = draw.integers(len(LETTERS), size=count)
+    large = SIDE * LARGER
+    for i, label in enumerate(labels):
+        font = ImageFont.truetype(fonts[draw.integers(len(fonts))], int(draw.uniform(0.65, 1.0) * large))
+        page = Image.new("L", (large, large), 0)
+        middle = large / 2 + draw.uniform(-0.08, 0.08, 2) * large
+        ImageDraw.Draw(page).text((middle[0], middle[1]), LETTERS[label], fill=255, font=font, anchor="mm")
+        angle, shear = np.radians(draw.uniform(-15, 15)), draw.uniform(-0.25, 0.25)
+        matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ [[1, shear], [0, 1]]
+        offset = large / 2 - matrix @ [large / 2, large / 2]
+        placed = (*matrix[0], offset[0], *matrix[1], offset[1])
+        page = page.transform((large, large), Image.Transform.AFFINE, placed, Image.Resampling.BILINEAR)
+        page = page.filter(ImageFilter.GaussianBlur(draw.uniform(0, 0.6) * LARGER))
+        small = np.asarray(page, np.float32).reshape(SIDE, LARGER, SIDE, LARGER).mean((1, 3))
+        ink, paper = draw.uniform(0.5, 1.0), draw.uniform(0, 60)
+        noisy = small * ink + paper + draw.normal(0, draw.uniform(5, 20), small.shape)
+        images[i, ..., 0] = noisy.clip(0, 255).round()
+    return images, labels.astype(np.int64)
