@@ -69,7 +69,7 @@ def _facts(inputs: Inputs) -> list[tuple[str, str]]:
         each = [f"{of['with_duplicate_in_train']:,} of {name}" for name, of in near["splits"].items()]
         facts.append(("near duplicates in train", ", ".join(each)))
     errors = inputs.records.get("label_errors")
-    if errors:
+    if errors and errors["splits"]:
         each = [f"{of['suspected']:,} of {name}" for name, of in errors["splits"].items()]
         facts.append(("labels suspected", ", ".join(each)))
     if statistics := found.get("statistics"):

@@ -81,7 +81,7 @@ def gains(inputs: Inputs) -> Section | None:
         return None
     blocks: list[Block] = [
         Text(
-            f"Each row compares two predictors on the same {split} images, b against a. A difference counts as shown where its "
+            f"Each row compares two predictors on the same {split} images. A difference counts as shown where its "
             "paired 95 % interval leaves 0 out and McNemar's test says p < 0.05. Of twenty comparisons without any "
             "difference one is expected to show one."
         ),
@@ -96,7 +96,7 @@ def gains(inputs: Inputs) -> Section | None:
 def _comparisons(rows: Sequence[Row]) -> Table:
     accuracies, losses = _gains(rows, kind="difference"), _nll(rows, kind="difference")
     return Table(
-        ["b against a", "gain in accuracy, 95 % interval", "gain in NLL, 95 % interval", "McNemar p"],
+        ["predictor", "gain in accuracy, 95 % interval", "gain in NLL, 95 % interval", "McNemar p"],
         [
             [
                 Markup("{}<br><small>against {}</small>").format(predictor(row["b"]), predictor(row["a"])),
