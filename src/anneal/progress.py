@@ -33,6 +33,15 @@ def progress(chunks: Iterable[Chunk], total: int, *, name: str, unit: str = "ima
             last = now
             rate = done / (now - start)
             left = f"{(total - done) / rate:,.0f} s left"
-            print(f"{name}: {done:,} of {total:,} {unit}, {rate:,.0f}/s, {left}", file=sys.stderr, flush=True)
+            print(f"{name}: {done:,} of {total:,} {unit}, {_pace(rate)}, {left}", file=sys.stderr, flush=True)
     seconds = max(time.monotonic() - start, 1e-9)
-    print(f"{name}: {done:,} {unit} in {seconds:.1f} s, {done / seconds:,.0f}/s", file=sys.stderr, flush=True)
+    print(f"{name}: {done:,} {unit} in {seconds:.1f} s, {_pace(done / seconds)}", file=sys.stderr, flush=True)
+
+
+def _pace(rate: float) -> str:
+    """Return how many a second, or how long each takes where that is more than one.
+
+    >>> _pace(1234.5), _pace(0.0625)
+    ('1,234/s', '16 s each')
+    """
+    return f"{rate:,.0f}/s" if rate >= 1 or rate <= 0 else f"{1 / rate:,.0f} s each"
