@@ -285,8 +285,8 @@ def test_initial_signals_that_fade_explain_a_start_that_is_slow_on_hard_data() -
     slow = np.where(T < 0.2, 2.3, 2.3 - 1.5 * (T - 0.2))
     run = make_run(train_loss=slow, steps=steps_of(np.repeat(slow, 20)))
     assert "slow_start" not in names(run)
-    assert "slow_start" in names(replace(run, initial=initial(std=0.01)))
-    assert "slow_start" in names(replace(run, initial=initial(grad_norm=0.01)))
+    assert "slow_start" in names(replace(run, initial=initial(std=0.005)))
+    assert "slow_start" in names(replace(run, initial=initial(grad_norm=0.005)))
     assert "slow_start" not in names(replace(run, initial=initial()))
 
 
@@ -302,6 +302,47 @@ def test_images_that_are_few_are_no_label_noise() -> None:
     """Of wrong labels, training images have as many as validation images; few images are known by heart, right labels too."""
     few = FAULTY["label_noise"] | {"train_accuracy": 0.86 + 0.14 * T}
     assert "label_noise" not in names(make_run(**few))
+    noisy = make_run(**FAULTY["label_noise"])
+    assert "label_noise" in names(replace(noisy, class_counts=[20] * 10))
+    assert "label_noise" not in names(replace(noisy, class_counts=[19] * 10))
+
+
+def test_wrong_labels_may_be_learnt_by_heart_from_the_start() -> None:
+    """Training accuracy that is above validation's where validation loss is lowest says it as well as one that grows later."""
+    noisy = FAULTY["label_noise"] | {"train_accuracy": [0.82] * 20}
+    assert "label_noise" in names(make_run(**noisy))
+    assert "label_noise" not in names(make_run(**noisy | {"train_accuracy": [0.75] * 20}))
+
+
+def test_the_layer_that_moves_least_tells_too_low_a_rate_from_a_network_that_is_too_small() -> None:
+    """Frozen layers, which do not move at all, do not count."""
+
+    def layers(*ratios: float) -> list[dict]:
+        return [
+            {"epoch": float(epoch), "layer": str(i), "weight_norm": 1.0, "grad_norm": 1.0, "update_ratio": ratio}
+            for epoch in (0, 10, 20)
+            for i, ratio in enumerate(ratios)
+        ]
+
+    small = {"train_loss": 2.3 - 0.5 * T, "update_ratio": [1e-3] * 20, "lr_end": 0.1}
+    assert "learning_rate_too_low" not in names(make_run(**small, layers=layers(0.0, 8e-4, 1e-3, 2e-3)))
+    assert "learning_rate_too_low" in names(make_run(**small, layers=layers(0.0, 3e-4, 1e-3, 2e-3)))
+
+
+def test_a_training_loss_that_falls_at_a_constant_rate_is_early_too() -> None:
+    """In a few epochs one validation loss is mostly noise, if it has not turned."""
+    early = {"train_loss": 2 - T, "val_loss": np.maximum(2 - T, 1.5), "val_accuracy": 0.5 * T, "lr_end": 0.1}
+    (finding,) = (f for f in diagnose(make_run(**early)) if f.name == "stopped_too_early")
+    assert finding.confidence == "low" and finding.evidence["fall_of_train_loss"] > 0.1
+    early["val_loss"][-1] = 1.6
+    assert "stopped_too_early" not in names(make_run(**early))
+
+
+def test_a_share_of_a_loss_that_is_nearly_zero_is_nothing() -> None:
+    """A validation loss of 0.1 that rises to 0.12 has not got surer of anything."""
+    low = {"train_loss": 0.02 + 0 * T, "val_accuracy": 0.97 + 0.01 * T, "train_accuracy": [1.0] * 20}
+    assert "overconfidence" not in names(make_run(**low, val_loss=0.1 + 0.04 * (T - 0.3) ** 2))
+    assert "overconfidence" in names(make_run(**low, val_loss=0.1 + 0.1 * (T - 0.3) ** 2))
 
 
 def test_losses_that_rise_on_few_validation_images_say_nothing_of_the_rate() -> None:

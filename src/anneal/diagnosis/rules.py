@@ -37,16 +37,17 @@ FASTER = 3.5
 """Speed at which the training loss falls on to `HALF`, over that before: a run that is slow throughout has no slow start."""
 HALF = 0.5
 """Training loss over that of chance, up to which the speed after the start is taken."""
-FADING = 0.03
+FADING = 0.012
 """Initial outputs or gradients of a layer over those of the input or the logits, below which they explain a slow start."""
-STILL_UPDATE = 1e-3
-"""Median over layers of update over weights, below which weights hardly move (Karpathy, CS231n)."""
+STILL_UPDATE = 7e-4
+"""Update over weights, as the geometric mean of the median and the least over layers, below which weights hardly move (Karpathy,
+CS231n)."""
 TOO_LOW = 0.2
 """Training loss over that of chance, above which there was something left to learn."""
 BOUNCE = 0.03
 """Mean rise of a loss from one epoch to the next, over its level, as the geometric mean of both losses, from which on the rate is
 too high."""
-PLATEAU_BOUNCE = 0.01
+PLATEAU_BOUNCE = 0.008
 """The same, from which on a rate that stays high keeps the loss up."""
 LEARNT_ALL = 0.01
 """Training loss over that of chance, below which nothing is left to learn."""
@@ -58,12 +59,18 @@ BEYOND_NOISE = 5.0
 """The same, over the mean rise from epoch to epoch."""
 STILL_FALLING_ANNEALED = 0.15
 """That fall where the learning rate has come down: annealing alone makes the loss fall at the end."""
+TRAIN_FALLING = 0.035
+"""The same of the training loss under a constant rate, where the validation loss has not risen."""
+NOT_RISEN = 0.03
+"""Last validation loss over the lowest less 1, up to which it has not."""
 LEARNT = 0.65
 """Accuracy on training images, from chance at 0 to 1, below which there is something left to learn, where more is missing than
 the gap."""
 HANDICAP = 0.4
 """Accuracy on training images as stored less that as trained on, over the former, both counted from chance, from which on
 regularisation is heavy."""
+FEW_IMAGES = 20
+"""Training images a class, below which errors say nothing of labels."""
 LITTLE = 0.15
 """Accuracy, from chance at 0 to 1, below which errors say nothing of labels."""
 GAP = 0.1
@@ -74,6 +81,8 @@ BY_HEART = 0.05
 """Training error, up to which a network with that gap knows the training images by heart: how their loss moves says nothing."""
 GENERALIZATION_LOSS = 0.05
 """Rise of the validation loss over its lowest: Prechelt (1998), GL at alpha = 5."""
+RISEN = 0.01
+"""The same over the loss of chance: a twentieth of a loss that is nearly 0 is nothing."""
 HOLDS = 2.0
 """Standard errors by which an accuracy may fall and still hold."""
 EASIER = 0.15
@@ -89,7 +98,8 @@ SPREAD_ERRORS = 0.92
 ALIKE = 0.5
 """Training error over validation error where validation loss was lowest, from which on what is wrong is wrong in both."""
 MEMORIZED = 0.1
-"""Training accuracy at the end less that where validation loss was lowest, from which on what was learnt since helped none."""
+"""Training accuracy at the end less that on validation or training images where validation loss was lowest, whichever is less, from
+which on labels are learnt by heart."""
 
 
 @dataclass(frozen=True)
@@ -224,11 +234,18 @@ def _too_high(run: Run) -> Finding | None:
 
 def _too_low(run: Run) -> Finding | None:
     """Find weights that hardly move while there is much left to learn (CS231n; Smith 2018, 3)."""
-    ratio, left = _hot_update(run), run.train_left
+    median, left = _hot_update(run), run.train_left
+    least = _least_update(run)
+    ratio = median if math.isnan(least) else math.sqrt(median * least)
     falls = float(np.mean(np.diff(run.curve("train_loss")) < 0)) if run.epochs > 1 else 0.0
     if not ratio < STILL_UPDATE or left < TOO_LOW or falls < 0.5:
         return None
-    evidence = {"update_ratio": ratio, "last_train_loss": float(run.curve("train_loss")[-1]), "chance": run.chance}
+    evidence = {
+        "update_ratio": median,
+        "of_the_stillest_layer": least,
+        "last_train_loss": float(run.curve("train_loss")[-1]),
+        "chance": run.chance,
+    }
     evidence |= {"share_of_epochs_that_fall": falls, "lr": float(run.curve("lr").max())}
     change = {f"optimizer.{run.optimizer}.lr": "ten times; or auto", "trainer.epochs": "more"}
     return _finding("learning_rate_too_low", "medium", evidence, change, (1, run.epochs))
@@ -278,25 +295,36 @@ def _plateau(run: Run) -> Finding | None:
 
 
 def _stopped_too_early(run: Run) -> Finding | None:
-    """Find a validation loss that still falls at the end (Prechelt 1998, training progress)."""
-    loss = run.curve("val_loss")
+    """Find a validation loss that still falls at the end (Prechelt 1998, training progress).
+
+    Or that does not rise yet under a constant rate, where the training loss still falls: in a few epochs, one loss on some hundred
+    images is mostly noise.
+    """
+    loss, train = run.curve("val_loss"), run.curve("train_loss")
     fifth = max(1, len(loss) // 5)
-    falls = fall(loss)
-    annealed = run.annealed
-    if not falls >= (STILL_FALLING_ANNEALED if annealed else STILL_FALLING) or int(loss.argmin()) < len(loss) - fifth:
-        return None
-    rises = bounce(loss)
-    if falls < BEYOND_NOISE * rises:
+    falls, rises, annealed = fall(loss), bounce(loss), run.annealed
+    newest = int(loss.argmin()) >= len(loss) - fifth
+    val_falls = newest and falls >= max(STILL_FALLING_ANNEALED if annealed else STILL_FALLING, BEYOND_NOISE * rises)
+    train_falls = (
+        not annealed
+        and fall(train) >= TRAIN_FALLING
+        and run.train_left >= TOO_LOW
+        and float(loss[-1]) <= (1 + NOT_RISEN) * float(loss.min())
+        and bounce(run.curve("train_eval_loss") if run.as_stored else train) < PLATEAU_BOUNCE
+    )
+    if not val_falls and not train_falls:
         return None
     evidence = {
         "fall": falls,
         "rise_from_epoch_to_epoch": rises,
         "last_val_loss": float(loss[-1]),
+        "fall_of_train_loss": fall(train),
         "epochs": float(len(loss)),
     }
     change = {"trainer.epochs": "twice as many"}
     since = max(1, run.epochs - 2 * fifth + 1)
-    return _finding("stopped_too_early", "low" if annealed else "medium", evidence, change, (since, run.epochs))
+    confidence: Confidence = "medium" if val_falls and not annealed else "low"
+    return _finding("stopped_too_early", confidence, evidence, change, (since, run.epochs))
 
 
 # ---- fit ------------------------------------------------------------------------------------------------------------
@@ -375,11 +403,13 @@ def _overconfidence(run: Run) -> Finding | None:
     """Find a validation loss that rises while the accuracy holds: surer, not worse (Guo et al. 2017)."""
     loss, accuracy = run.curve("val_loss"), run.curve("val_accuracy")
     best, rises = int(loss.argmin()), rise(loss)
+    risen = float(end(loss).min() - loss.min()) / run.chance
     change_of_accuracy = float(end(accuracy).mean() - accuracy[best])
     still_falling = best >= run.epochs - max(1, run.epochs // 5)
     if (
         still_falling
         or rises <= GENERALIZATION_LOSS
+        or risen < RISEN
         or change_of_accuracy < -HOLDS * run.standard_error(float(accuracy[best]))
     ):
         return None
@@ -477,10 +507,12 @@ def _label_noise(run: Run) -> Finding | None:
     ratio = float(loss[best]) / spread_entropy(a, run.num_classes)
     # Right labels are learnt first, and wrong ones by heart.
     train = run.curve("train_eval_accuracy" if run.as_stored else "train_accuracy")
-    since = float(train[-1] - train[best]) if run.as_stored or not run.mixed else 0.0
+    by_heart = float(train[-1]) - min(float(train[best]), a) if run.as_stored or not run.mixed else 0.0
     # In training images as many labels are wrong as in validation; of few images the right ones are learnt by heart as well.
     alike = float(1 - train[best]) / max(1 - a, 1e-12)
-    if ratio < SPREAD_ERRORS or run.learnt(a) < LITTLE or since < MEMORIZED or alike < ALIKE:
+    if run.class_counts and sum(run.class_counts) < FEW_IMAGES * run.num_classes:
+        return None
+    if ratio < SPREAD_ERRORS or run.learnt(a) < LITTLE or by_heart < MEMORIZED or alike < ALIKE:
         return None
     evidence = {
         "lowest_val_loss": float(loss[best]),
@@ -488,7 +520,7 @@ def _label_noise(run: Run) -> Finding | None:
         "loss_of_errors_spread_evenly": spread_entropy(a, run.num_classes),
         "ratio": ratio,
         "train_error_over_val_error_then": alike,
-        "train_accuracy_since": since,
+        "learnt_by_heart": by_heart,
         "last_val_loss": float(loss[-1]),
     }
     change = {
@@ -532,14 +564,20 @@ EXPLAINED: dict[str, set[str]] = {
         "label_noise",
     },
     "learning_rate_too_low": {"dead_layers", "exploding_layers"},
-    "over_regularized": {"dead_layers", "learning_rate_too_low"},
+    "over_regularized": {"dead_layers", "learning_rate_too_low", "learning_rate_too_high", "plateau"},
     "slow_start": {"learning_rate_too_low", "over_regularized", "batch_too_small_for_batch_norm"},
-    "stopped_too_early": {"learning_rate_too_low"},
+    "stopped_too_early": {"learning_rate_too_low", "plateau"},
     "plateau": {"dead_layers"},
     # On few images a rise is chance.
     "learning_rate_too_high": {"noisy_validation"},
     "overconfidence": {"noisy_validation"},
-    "label_noise": {"exploding_layers", "learning_rate_too_low", "over_regularized"},
+    "label_noise": {
+        "exploding_layers",
+        "learning_rate_too_low",
+        "over_regularized",
+        "stopped_too_early",
+        "batch_too_small_for_batch_norm",
+    },
 }
 """Finding to those that it is a mere consequence of."""
 
@@ -602,6 +640,20 @@ def _hot_update(run: Run) -> float:
     rate, ratio = run.curve("lr"), run.curve("update_ratio")
     hot = ratio[(rate >= 0.5 * rate.max()) & np.isfinite(ratio)]
     return float(np.median(hot)) if len(hot) else math.nan
+
+
+def _least_update(run: Run) -> float:
+    """Return the update ratio of the layer that moves least over those epochs; NaN where none is known.
+
+    A layer that does not move at all is frozen, or dead, which is another finding.
+    """
+    rate = run.curve("lr")
+    hot = {float(epoch) for epoch in np.flatnonzero(rate >= 0.5 * rate.max()) + 1}
+    ratios: dict[str, list[float]] = {}
+    for row in run.layers:
+        if row["epoch"] in hot and (ratio := row.get("update_ratio")):
+            ratios.setdefault(row["layer"], []).append(ratio)
+    return min((float(np.median(each)) for each in ratios.values()), default=math.nan)
 
 
 def _start(run: Run) -> tuple[float, float | None, float]:
