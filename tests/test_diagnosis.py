@@ -408,8 +408,24 @@ def bench() -> ModuleType:
     return module
 
 
-RECALL = {"digits": 0.97, "fashion-mnist": 0.97, "patches": 0.92, "garments": 0.95, "letters": 0.94}
-FALSE_ALARMS = {"digits": 0.02, "fashion-mnist": 0.02, "patches": 0.03, "garments": 0.08, "letters": 0.03}
+RECALL = {
+    "digits": 0.97,
+    "fashion-mnist": 0.97,
+    "patches": 0.95,
+    "garments": 0.97,
+    "letters": 0.97,
+    "accessories": 0.92,
+    "figures": 0.95,
+}
+FALSE_ALARMS = {
+    "digits": 0.02,
+    "fashion-mnist": 0.02,
+    "patches": 0.03,
+    "garments": 0.08,
+    "letters": 0.02,
+    "accessories": 0.02,
+    "figures": 0.02,
+}
 """Just below and above what bench/diagnosis.py prints."""
 
 
