@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+import warnings
 from itertools import chain
 from pathlib import Path
 
@@ -527,11 +528,17 @@ def test_idx_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("kind", ["none", "scale", "center_image", "standardize", "pca", "zca"])
 def test_pictures_are_the_same_on_every_run(kind: str, tmp_path: Path) -> None:
+    """Whatever the user's matplotlibrc says, and whatever is in a class's name."""
+    import matplotlib
+
     made(tmp_path, images(), normalize=kind)
     store = open_store(tmp_path / "store")
-    for name in ("one", "two"):
+    for name, style in (("one", {}), ("two", {"font.size": 20, "axes.grid": True, "savefig.facecolor": "red"})):
         (tmp_path / name).mkdir()
-        paths = draw_preprocessing(store.split("train"), ["$a_", "dog"], kind, store.statistics(), tmp_path / name)
+        with matplotlib.rc_context(style), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            classes = ["$a_\x07", "dog"]
+            paths = draw_preprocessing(store.split("train"), classes, kind, store.statistics(), tmp_path / name)
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
     names = ["images.png", "histograms.png"] + (["spectrum.png"] if kind in statistics.WHITENING else [])
     assert [path.name for path in paths] == names

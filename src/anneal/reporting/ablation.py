@@ -11,6 +11,7 @@ from markupsafe import Markup
 from anneal.reporting.curves import COLOURS
 from anneal.reporting.report.blocks import Block, Code, Fold, Picture, Section, Table, Text
 from anneal.reporting.report.page import POLICY, TEMPLATE
+from anneal.reporting.style import plain_style
 
 MARKERS = {"better": ("o", COLOURS[0]), "worse": ("s", COLOURS[4]), "no difference shown": ("D", "0.45")}
 """A verdict's marker and colour, which say the same."""
@@ -30,11 +31,9 @@ def plot(rows: Sequence[tuple[str, float, tuple[float, float] | None, str]], pat
     title
         Above it.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
+    with plain_style():
         figure = Figure(figsize=(7.2, 1.6 + 0.34 * max(1, len(rows))), layout="constrained")
         axes = figure.subplots()
         told: set[str] = set()

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from anneal.reporting.style import plain_style
+
 QUANTITIES = (
     "train_loss",
     "train_eval_loss",
@@ -116,14 +118,12 @@ def draw_curves(
     marks
         Findings, in the order of their rows.
     """
-    import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     words = {(measured_on or {}).get(member, "") for member in histories}
     trained_on = words.pop() if len(words) == 1 else ""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
+    with plain_style():
         findings = list(dict.fromkeys(finding for _, finding, _, _ in marks))
         heights = [4.0, 0.3 + 0.22 * len(findings)] if findings else [4.0]
         figure = Figure(figsize=(10, sum(heights)), layout="constrained")

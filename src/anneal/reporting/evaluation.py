@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+from anneal.reporting.style import plain_style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,17 +19,6 @@ NUMBERS = 20
 
 NAMES = 60
 """Up to so many classes its axes carry the classes' names."""
-
-
-@contextmanager
-def _plain_style() -> Iterator[None]:
-    """Make a figure's bytes independent of the user's matplotlibrc."""
-    import matplotlib
-
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        matplotlib.rcdefaults()
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        yield
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -53,7 +42,7 @@ def confusion_figure(matrix: npt.NDArray[np.int64], classes: Sequence[str], path
     from matplotlib.figure import Figure
 
     num_classes = len(classes)
-    with _plain_style():
+    with plain_style():
         side = min(14.0, 3.0 + 0.42 * num_classes)
         figure = Figure(figsize=(side + 1, side), layout="constrained")
         axes = figure.subplots()
@@ -89,7 +78,7 @@ def reliability_figure(tables: Mapping[str, Sequence[Mapping[str, float]]], path
     """
     from matplotlib.figure import Figure
 
-    with _plain_style():
+    with plain_style():
         figure = Figure(figsize=(5.5, 5), layout="constrained")
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1, label="perfect")

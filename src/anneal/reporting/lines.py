@@ -9,6 +9,7 @@ from typing import Any
 
 from anneal.reporting.curves import COLOURS
 from anneal.reporting.heat_maps import HeatMap, draw_heat_map
+from anneal.reporting.style import plain_style
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,11 @@ def draw_panels(
     size, dpi
         Width and height of a panel in inches, and dots an inch.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
+    with plain_style():
         width, height = size
         extent = (max(1.25 * width, width * columns), height * rows + 0.3 * bool(title))
         figure = Figure(figsize=extent, layout="constrained")

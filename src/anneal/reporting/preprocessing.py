@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from anneal.reporting.style import plain_style
 from anneal.statistics import normalize
 from anneal.store import Split
 
@@ -48,14 +49,15 @@ def draw_preprocessing(
     list of Path
         The pictures.
     """
-    pictures = {
-        "images.png": _draw_images(train, classes, kind, statistics),
-        "histograms.png": _draw_histograms(train, kind, statistics),
-    }
-    if "eigenvalues" in statistics:
-        pictures["spectrum.png"] = _draw_spectrum(statistics["eigenvalues"])
-    for name, figure in pictures.items():
-        figure.savefig(folder / name, dpi=100, metadata={"Software": None})
+    with plain_style():
+        pictures = {
+            "images.png": _draw_images(train, classes, kind, statistics),
+            "histograms.png": _draw_histograms(train, kind, statistics),
+        }
+        if "eigenvalues" in statistics:
+            pictures["spectrum.png"] = _draw_spectrum(statistics["eigenvalues"])
+        for name, figure in pictures.items():
+            figure.savefig(folder / name, dpi=100, metadata={"Software": None})
     return [folder / name for name in pictures]
 
 
@@ -78,21 +80,37 @@ def _draw_images(
     low, high = float(after.min()), float(after.max())
     shown = (after - low) / max(high - low, 1e-12)
     figure = _figure(1.3 * len(labels) + 0.6, 3.4)
-    axes = figure.subplots(2, len(labels), squeeze=False)
-    for column, label in enumerate(labels):
-        _show(axes[0, column], images[column] / 255)
-        _show(axes[1, column], shown[column])
-        axes[0, column].set_title(classes[label][:16], fontsize=8, parse_math=False)
-    axes[0, 0].set_ylabel("stored, 0..255", fontsize=8)
-    axes[1, 0].set_ylabel("components" if kind == "pca" else kind, fontsize=8)
+    # One strip a row: axes of their own for each image would take most of the stage's time.
+    above, below = figure.subplots(2, 1)
+    _strip(above, images / 255)
+    _strip(below, shown)
+    names = [classes[label][:16].replace("$", r"\$") for label in labels]
+    above.set_xticks(_centres(images), names, fontsize=8)
+    above.tick_params(top=False, labeltop=True, bottom=False, labelbottom=False)
+    above.set_ylabel("stored, 0..255", fontsize=8)
+    below.set_ylabel("components" if kind == "pca" else kind, fontsize=8)
     figure.supxlabel(f"below: {low:.2f} (black) to {high:.2f} (white)", fontsize=8)
     return figure
 
 
-def _show(axes: Axes, image: npt.NDArray[np.float64]) -> None:
-    axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
+def _strip(axes: Axes, images: npt.NDArray[np.float64]) -> None:
+    """Show images (N, H, W, C) in 0..1 side by side, a white gap before each but the first."""
+    white = np.ones((*images.shape[1:2], _gap(images), images.shape[3]))
+    strip = np.concatenate([part for image in images for part in (white, image)][1:], axis=1)
+    axes.imshow(strip.squeeze(-1) if strip.shape[-1] == 1 else strip, cmap="gray", vmin=0, vmax=1)
     axes.set_xticks([])
     axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+
+
+def _gap(images: npt.NDArray[np.generic]) -> int:
+    return max(1, images.shape[2] // 8)
+
+
+def _centres(images: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
+    """Return where the middle of each image of a strip lies."""
+    width = images.shape[2]
+    return np.arange(len(images)) * (width + _gap(images)) + (width - 1) / 2
 
 
 def _draw_histograms(train: Split, kind: str, statistics: dict[str, npt.NDArray[np.float64]]) -> Figure:
