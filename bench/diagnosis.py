@@ -16,10 +16,12 @@ import argparse
 import contextlib
 import csv
 import gzip
+import hashlib
 import io
 import json
 import math
 import shutil
+import sys
 import tempfile
 import time
 import warnings
@@ -42,8 +44,6 @@ from anneal.store import Sample, SplitWriter, finish, fresh_folder, open_store, 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "studies" / "diagnosis"
 FIXTURES = ROOT / "tests" / "fixtures" / "diagnosis"
-FASHION = ROOT.parent / "shared" / "data" / "fashion-mnist"
-CLOTHING = ROOT.parent / "shared" / "data" / "clothing" / "clothing.tar"
 SEEDS = {
     "digits": range(10),
     "fashion-mnist": range(10, 20),
@@ -381,6 +381,12 @@ def case_of(kind: str, seed: int, data: str) -> Case:
     return Case(**changes)
 
 
+def digest(case: Case) -> str:
+    """Return a name for what a run is made of, by which one of another recipe is told and trained again."""
+    whole = {**asdict(case), "overrides": merged(BASE, case.overrides)}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]
+
+
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
@@ -481,7 +487,7 @@ def train(case: Case, seed: int, images: npt.NDArray[np.uint8], labels: npt.NDAr
         with fresh_folder(out) as folder:
             write_json(folder / "data.json", data)
             told = {key: values[key] for key in ("augment", "model", "optimizer", "batch", "loss", "regularization")}
-            write_json(folder / "params.json", {**told, "broke_off": broke_off})
+            write_json(folder / "params.json", {**told, "broke_off": broke_off, "case": digest(case)})
             if not broke_off:
                 for name in ("history.csv", "steps.csv", "layers.csv", "initial.csv"):
                     shutil.copy(member / name, folder / name)
@@ -497,13 +503,15 @@ def train(case: Case, seed: int, images: npt.NDArray[np.uint8], labels: npt.NDAr
                     (folder / name).write_text(as_csv(table), encoding="utf-8")
 
 
-def generate(kinds: list[str], data_sets: list[str], fashion: Path, clothing: Path, pause_file: Path | None) -> None:
-    """Train every run that is missing, all kinds of a seed before the next."""
+def generate(
+    kinds: list[str], data_sets: list[str], fashion: Path | None, clothing: Path | None, pause_file: Path | None
+) -> None:
+    """Train every run that is missing or of another recipe, all kinds of a seed before the next."""
     from diagnosis_images import images_of
 
     pools = {data: images_of(data, fashion, clothing) for data in data_sets}
     jobs = [(seed, data, kind) for data in data_sets for seed in SEEDS[data] for kind in kinds]
-    missing = [job for job in jobs if not (RUNS / job[1] / f"{job[2]}-{job[0]}" / "params.json").exists()]
+    missing = [(seed, data, kind) for seed, data, kind in jobs if not is_there(data, kind, seed)]
     print(f"{len(jobs) - len(missing)} of {len(jobs)} runs are there", flush=True)
     for number, (seed, data, kind) in enumerate(missing):
         while pause_file is not None and pause_file.exists():
@@ -511,6 +519,14 @@ def generate(kinds: list[str], data_sets: list[str], fashion: Path, clothing: Pa
         began = time.process_time()
         train(case_of(kind, seed, data), seed, *pools[data], RUNS / data / f"{kind}-{seed}")
         print(f"{number + 1}/{len(missing)} {data} {kind} {seed}: {time.process_time() - began:.1f} s", flush=True)
+
+
+def is_there(data: str, kind: str, seed: int) -> bool:
+    """Say whether a run was trained, of today's recipe."""
+    told = RUNS / data / f"{kind}-{seed}" / "params.json"
+    if not told.exists():
+        return False
+    return json.loads(told.read_text(encoding="utf-8")).get("case") == digest(case_of(kind, seed, data))
 
 
 # ---- fixtures -------------------------------------------------------------------------------------------------------
@@ -525,13 +541,18 @@ KEPT = {
 
 
 def pack(data_sets: list[str]) -> None:
-    """Write one table a data set and kind of file, all runs below each other, rounded to four digits.
-
-    Raises
-    ------
-    FileNotFoundError
-        A run is missing.
-    """
+    """Write one table a data set and kind of file, all runs below each other, rounded to four digits."""
+    missing = [
+        f"{data}/{kind}-{seed}"
+        for data in data_sets
+        for kind in KINDS
+        for seed in SEEDS[data]
+        if not is_there(data, kind, seed)
+    ]
+    if missing:
+        sys.exit(
+            f"{len(missing)} runs are missing, {missing[0]} the first; train them: python bench/diagnosis.py generate"
+        )
     for data in data_sets:
         folders = sorted(RUNS / data / f"{kind}-{seed}" for kind in KINDS for seed in SEEDS[data])
         facts = {}
@@ -554,7 +575,7 @@ def pack(data_sets: list[str]) -> None:
 
 
 def packed_rows(folder: Path, table: str) -> list[dict[str, str]]:
-    """Return a run's rows of a table; of layers.csv those before the first step, after a quarter, a half and all of the epochs."""
+    """Return a run's rows of a table; of layers.csv weights and gradients before the first step and of the last epoch alone."""
     path = folder / f"{table}.csv"
     if not path.exists():
         return []
@@ -562,8 +583,8 @@ def packed_rows(folder: Path, table: str) -> list[dict[str, str]]:
         rows = [{"run": folder.name, **row} for row in csv.DictReader(file)]
     if table != "layers":
         return rows
-    epochs = int(rows[-1]["epoch"])
-    return [row for row in rows if int(row["epoch"]) in {0, max(1, epochs // 4), max(1, epochs // 2), epochs}]
+    rest = {"weight_norm": "", "grad_norm": ""}
+    return [row if row["epoch"] in ("0", rows[-1]["epoch"]) else row | rest for row in rows]
 
 
 def rounded(cell: str) -> str:
@@ -686,10 +707,16 @@ def main() -> None:
     parser.add_argument("command", nargs="?", choices=["measure", "generate", "pack"], default="measure")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), metavar="KIND")
     parser.add_argument("--data", nargs="+", choices=list(SEEDS), default=list(SEEDS), help="data sets (default: all)")
-    parser.add_argument("--fashion-mnist", type=Path, default=FASHION, help="generate: folder of its gzipped IDX files")
-    parser.add_argument("--clothing", type=Path, default=CLOTHING, help="generate: archive of its photographs")
+    parser.add_argument("--fashion-mnist", type=Path, help="generate: folder of its gzipped IDX files")
+    parser.add_argument("--clothing", type=Path, help="generate: tar of photographs, a folder a class")
     parser.add_argument("--pause-file", type=Path, help="generate: wait between runs while this file exists")
     options = parser.parse_args()
+    needed = {"fashion-mnist": ["fashion-mnist", "garments", "accessories"], "clothing": ["patches"]}
+    for name, data_sets in needed.items():
+        path = getattr(options, name.replace("-", "_"))
+        wanted = [data for data in data_sets if data in options.data]
+        if options.command == "generate" and wanted and (path is None or not path.exists()):
+            parser.error(f"--{name}: found {path or 'nothing'}, which {', '.join(wanted)} need; see docs/diagnosis.md")
     if options.command == "generate":
         generate(options.kinds, options.data, options.fashion_mnist, options.clothing, options.pause_file)
     elif options.command == "pack":

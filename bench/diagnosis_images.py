@@ -17,16 +17,21 @@ Images = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
 """Images, uint8 (N, H, W, C), and their labels, int64 (N,)."""
 
 
-def images_of(data: str, fashion: Path, clothing: Path) -> Images:
-    """Return a data set of bench/diagnosis.py; ``fashion`` is the folder of Fashion-MNIST's files, ``clothing`` an archive."""
+def images_of(data: str, fashion: Path | None, clothing: Path | None) -> Images:
+    """Return a data set of bench/diagnosis.py; ``fashion`` is the folder of Fashion-MNIST's files, ``clothing`` an archive.
+
+    Those that need neither do with None.
+    """
     if data == "digits":
         return digits()
     if data == "patches":
+        assert clothing is not None
         return patches(clothing)
     if data == "letters":
         return letters()
     if data == "figures":
         return figures()
+    assert fashion is not None
     images, labels = fashion_mnist(fashion)
     if data == "fashion-mnist":
         return images[:12_000], labels[:12_000]

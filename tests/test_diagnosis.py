@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import doctest
+import gzip
 import importlib.util
 import json
 import re
@@ -19,7 +20,7 @@ import pytest
 
 from anneal.diagnosis import curves, live
 from anneal.diagnosis.curves import Run, read_columns, read_history, read_rows, read_run, spread_entropy, training_words
-from anneal.diagnosis.rules import EXPLAINED, RULES, WITHOUT_CURVES, diagnose
+from anneal.diagnosis.rules import EXPLAINED, RULES, WITHOUT_CURVES, applicable, diagnose
 from anneal.diagnosis.summary import marks, summarize
 from anneal.params import UserError
 from anneal.reporting.curves import COLOURS, curves_csv, draw_curves
@@ -141,16 +142,52 @@ def test_each_rule_finds_its_fault_and_no_other_does(name: str) -> None:
 
 
 def test_every_advice_names_a_key_of_params_yaml() -> None:
+    """Whatever the optimizer and the network are; sections that the stage does not read are in params.yaml anyway."""
     from anneal.params import read_yaml
 
     values = read_yaml(ROOT / "params.yaml")
-    for name, faulty in FAULTY.items():
-        for finding in diagnose(make_run(**faulty)):
-            for key in finding.change:
-                place = values
-                for part in key.split("."):
-                    assert part in place, f"{name}: {key}"
-                    place = place[part]
+    optimizers = [name for name, value in values["optimizer"].items() if isinstance(value, dict) and "lr" in value]
+    assert {"SGD", "Rprop", "LBFGS", "Muon", "LARS"} <= set(optimizers)
+    recipe = {name: values[name] for name in curves.SECTIONS}
+    for optimizer, model in [*((name, "resnet") for name in optimizers), ("SGD", "own.networks:Small")]:
+        for name, faulty in FAULTY.items():
+            for finding in diagnose(make_run(**faulty, optimizer=optimizer, model=model, recipe=recipe)):
+                assert finding.change, name
+                for key in finding.change:
+                    place = values
+                    for part in key.split("."):
+                        assert part in place, f"{name}: {key}"
+                        place = place[part]
+
+
+def test_no_advice_for_what_is_so_already() -> None:
+    none = {"copies": {"balance": False}, "policy": "none"}
+    recipe = {"batch": {"sampling": "shuffle"}, "loss": {"class_weights": "none"}, "augment": none}
+    run = make_run(**FAULTY["class_imbalance"], recipe=recipe)
+    assert names(run) == ["class_imbalance"]
+    for changed in ({"batch": {"sampling": "balanced"}}, {"loss": {"class_weights": "balanced"}}):
+        assert names(replace(run, recipe=recipe | changed)) == []
+    assert names(replace(run, recipe=recipe | {"augment": {"copies": {"balance": True}}})) == []
+    assert applicable({"augment.policy": "a lighter one"}, recipe) == {}
+    assert applicable({"augment.policy": "a stronger one"}, recipe) == {"augment.policy": "a stronger one"}
+    decay = {"optimizer.Adam.weight_decay": "three times"}
+    assert applicable(decay, {"optimizer": {"Adam": {"weight_decay": 0.0}}}) == dict.fromkeys(decay, "more than 0")
+
+
+def test_two_classes_say_nothing_of_label_noise() -> None:
+    """Whatever errors there are, they are spread over all other classes."""
+    spread = {"val_loss": 0.69 + 0.01 * T, "val_accuracy": [0.6] * 20, "train_accuracy": 0.55 + 0.2 * T}
+    assert "label_noise" not in names(replace(make_run(**spread), num_classes=2))
+
+
+def test_rates_by_layer_leave_the_stillest_layer_out() -> None:
+    rows = [
+        {"epoch": 10.0, "layer": name, "weight_norm": 1.0, "grad_norm": 1.0, "update_ratio": ratio}
+        for name, ratio in (("1", 1e-4), ("2", 2e-3), ("head", 2e-3))
+    ]
+    slow = make_run(train_loss=2.3 - 0.5 * T, update_ratio=[2e-3] * 20, lr_end=0.1, layers=rows)
+    assert "learning_rate_too_low" in names(slow)
+    assert "learning_rate_too_low" not in names(replace(slow, one_rate=False))
 
 
 def test_the_docs_have_every_threshold() -> None:
@@ -180,9 +217,11 @@ def test_of_a_run_that_diverged_only_data_and_initial_weights_are_read() -> None
     assert names(Run({}, num_val=100, num_classes=10)) == []
 
 
-def test_a_spike_that_a_run_recovers_from_is_not_diverging() -> None:
+def test_a_spike_that_a_run_recovers_from_is_too_high_a_rate_and_not_diverging() -> None:
     losses = [2.3, 2.2, 30.0, 2.0, *[0.3] * 196]
-    assert names(make_run(steps=steps_of(losses))) == []
+    (finding,) = diagnose(make_run(steps=steps_of(losses)))
+    assert finding.name == "learning_rate_too_high" and "regularization.gradient_clip" in finding.change
+    assert names(make_run(steps=steps_of([*losses[:2], 3.0 * 2.3, *losses[3:]]))) == []
     back_at_chance = {"train_loss": [5.0] + [2.3] * 19, "val_loss": [2.3] * 20}
     assert names(make_run(steps=steps_of([2.3, 2.2, 30.0, *[2.3] * 197]), **back_at_chance)) == ["diverging"]
 
@@ -349,6 +388,15 @@ def test_losses_that_rise_on_few_validation_images_say_nothing_of_the_rate() -> 
     assert names(make_run(**FAULTY["learning_rate_too_high"], num_val=30)) == ["noisy_validation"]
 
 
+def test_a_network_that_was_trained_before_may_be_worse_for_a_while() -> None:
+    """Its first loss is far below chance, so that a few times as much says nothing."""
+    worse = [0.05, 0.9, 0.5, *[0.3] * 30]
+    assert live.diverged(worse, chance=2.3) is None
+    assert live.diverged([*worse, *[2.3] * 10], chance=2.3) is not None
+    run = make_run(steps=steps_of(worse), train_loss=0.3 - 0.1 * T)
+    assert "diverging" not in names(run)
+
+
 def test_a_layer_that_died_of_large_steps_is_divergence() -> None:
     """Weight decay shrinks what no gradient reaches; the norm's weights have grown, and the layers were sound at first."""
 
@@ -408,38 +456,38 @@ def bench() -> ModuleType:
     return module
 
 
-RECALL = {
-    "digits": 0.97,
-    "fashion-mnist": 0.97,
-    "patches": 0.95,
-    "garments": 0.97,
-    "letters": 0.97,
-    "accessories": 0.92,
-    "figures": 0.95,
-}
-FALSE_ALARMS = {
-    "digits": 0.02,
-    "fashion-mnist": 0.02,
-    "patches": 0.03,
-    "garments": 0.08,
-    "letters": 0.02,
-    "accessories": 0.02,
-    "figures": 0.02,
-}
-"""Just below and above what bench/diagnosis.py prints."""
+DATA_SETS = ["digits", "fashion-mnist", "patches", "garments", "letters", "accessories", "figures"]
 
 
-@pytest.mark.parametrize("data", RECALL)
+@pytest.mark.parametrize("data", DATA_SETS)
 def test_recall_and_false_alarms_on_runs_with_induced_faults(bench: ModuleType, data: str) -> None:
+    """They are what docs/diagnosis.md says, and reach the goals where no rule was developed."""
+    assert list(bench.SEEDS) == DATA_SETS
     runs = bench.load(data)
     assert len(runs) == len(bench.SEEDS[data]) * len(bench.KINDS)
     found = bench.score(runs)
-    assert np.mean(list(found.recall.values())) >= RECALL[data]
-    assert np.mean(list(found.false_alarms.values())) <= FALSE_ALARMS[data]
+    recall, false_alarms = (float(np.mean(list(each.values()))) for each in (found.recall, found.false_alarms))
+    assert data != bench.MEASURES or (recall >= 0.95 and false_alarms <= 0.05)
+    lines = (ROOT / "docs" / "diagnosis.md").read_text(encoding="utf-8").replace("**", "").splitlines()
+    figures = f"| {recall:.3f} | {false_alarms:.3f} |"
+    assert any(line.lower().startswith(f"| {data}, ") and line.endswith(figures) for line in lines), figures
+    column = [bench.MEASURES, *(name for name in DATA_SETS if name != bench.MEASURES)].index(data)
+    for kind in bench.KINDS:
+        cells = next(line for line in lines if line.startswith(f"| {kind.replace('_', ' ')}: ")).split(" | ")[3:]
+        part = f"{found.recall[kind]:.1f}" if kind in found.recall else "–"
+        assert cells[column].rstrip(" |") == f"{part}, {found.false_alarms[kind]:.1f}", kind
     # What is said while training is certain: never of a run that has another fault.
     seen = {(name.rsplit("-", 1)[0], found[0]) for name, run in runs.items() if (found := bench.live_findings(run))}
     assert {kind for kind, finding in seen if finding == "dead_at_start"} <= {"dead"}
     assert {kind for kind, finding in seen if finding == "diverging"} <= {"diverging", "exploding", "rate_too_high"}
+
+
+def test_fixtures_are_of_the_recipes_that_the_generator_makes(bench: ModuleType) -> None:
+    for data in DATA_SETS:
+        facts = json.loads(gzip.decompress((bench.FIXTURES / data / "runs.json.gz").read_bytes()))
+        for name, told in facts.items():
+            kind, seed = name.rsplit("-", 1)
+            assert told["params"]["case"] == bench.digest(bench.case_of(kind, int(seed), data)), f"{data} {name}"
 
 
 @pytest.mark.parametrize(("val", "is_small"), [(0.02, True), (0.1, False)])

@@ -20,6 +20,8 @@ from anneal import params
 from anneal.augment import compile_policy, policy_to_json
 from anneal.cli import main as anneal
 from anneal.conflicts import check_recipe
+from anneal.diagnosis.curves import read_columns, read_rows, read_run
+from anneal.diagnosis.rules import diagnose
 from anneal.models.transfer import load_start
 from anneal.optimizers.build import build_optimizer, dense_optimizers
 from anneal.optimizers.config import EXTRA
@@ -147,6 +149,23 @@ def test_a_network_by_import_path(inputs, others, tmp_path):
     assert head_names(module.classifier.network) == {"module.fc.weight", "module.fc.bias"}
     with pytest.raises(ParamsError, match=r"model\.custom\.width: found 5, allowed: 4, as the network of"):
         set_up_run(others, model=starting(tmp_path / "a", **custom | {"custom": {"width": 5}}))
+
+
+def test_frozen_layers_have_no_gradient_rather_than_one_of_zero(inputs, source, tmp_path):
+    """A gradient of 0 is that of a layer that has died."""
+    model = starting(source, freeze=1.0)
+    train(inputs, tmp_path / "a", model=model, batch=BATCH, trainer={"epochs": 3})
+    rows = read_rows(tmp_path / "a" / "layers.csv")
+    head = [row for row in rows if row["layer"] == "head"]
+    assert len(head) == 4 and all(row["grad_norm"] > 0 for row in head)
+    assert all(row["grad_norm"] is None and row["update_ratio"] is None for row in rows if row["layer"] != "head")
+    # The median is that of the layers that learn.
+    history = read_columns(tmp_path / "a" / "history.csv")
+    assert history["update_ratio"] == pytest.approx([row["update_ratio"] for row in head[1:]], rel=1e-4)
+    values = params.merge(params.read_yaml(ROOT / "params.yaml"), {"model": model})
+    counts = [{"name": name, "train": 10, "val": 10} for name in "abc"]
+    run = read_run(tmp_path / "a", recipe=values, data={"train": 30, "val": 30, "num_classes": 3, "classes": counts})
+    assert not {"dead_layers", "learning_rate_too_low"} & {finding.name for finding in diagnose(run)}
 
 
 # ---- which layers learn ---------------------------------------------------------------------------------------------

@@ -22,6 +22,9 @@ Row = dict[str, Any]
 
 Curve = npt.NDArray[np.float64]
 
+SECTIONS = ("model", "augment", "optimizer", "batch", "loss", "regularization")
+"""Of params.yaml, that the stage reads."""
+
 FLOOR = 0.05
 """Added to a loss that others are divided by: a relative change of a loss near 0 says nothing."""
 
@@ -52,6 +55,10 @@ class Run:
         Training accuracy is measured on augmented images or under dropout, hence lower than on clean ones.
     mixed
         Mixup or CutMix is on: that training accuracy says nothing.
+    one_rate
+        All layers learn at the same rate.
+    recipe
+        Sections of params.yaml, as far as they are known, which advice is given for.
 
     Where the history has the accuracy on training images as they are stored, that is read instead, and the last two play no
     part.
@@ -70,6 +77,8 @@ class Run:
     microbatch: int | None = None
     distorted: bool = True
     mixed: bool = False
+    one_rate: bool = True
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
     def curve(self, name: str) -> Curve:
         """Return a column as float64, one value an epoch; all NaN where the history has none of that name."""
@@ -363,4 +372,6 @@ def as_run(
         microbatch=min(microbatch, recipe["model"]["norm"]["batch"]["ghost"] or microbatch),
         distorted=set(words) - {"smoothed"} != set(),
         mixed="mixed" in words,
+        one_rate=all(factor == 1 for factor in recipe["optimizer"].get("lr_factors", {}).values()),
+        recipe={name: recipe[name] for name in SECTIONS if name in recipe},
     )

@@ -22,6 +22,10 @@ NOT_BACK = 1.0
 """Median loss of the newest steps over that of the first, or of chance if that is less, from which on a run that has blown up
 did not come back."""
 
+KNOWS = 0.5
+"""Median loss of the newest steps over that of chance, below which a run has not diverged, however low the first step's was, as that
+of a network that was trained before is."""
+
 NEWEST = 5
 """Fewest steps that are read for the newest loss; a tenth of all where that is more."""
 
@@ -39,7 +43,8 @@ def diverged(step_losses: Sequence[float], chance: float = math.inf) -> dict[str
     """Return the figures of a run that has diverged, None for any other.
 
     A loss that is no number; or one that rose above `BLOWN_UP` times that of the first step, in a run whose newest steps are,
-    at `NOT_BACK` times the loss of the first step or of chance, hardly better than these.
+    at `NOT_BACK` times the loss of the first step or of chance, hardly better than these. A network that was trained before starts
+    far below chance and may be worse for a while: it has diverged where it is above `KNOWS` times chance.
 
     Parameters
     ----------
@@ -53,13 +58,16 @@ def diverged(step_losses: Sequence[float], chance: float = math.inf) -> dict[str
     >>> diverged([2.3, 2.1, 7.5, 1.7, 1.2, 1.1, 1.0, 0.9])
     >>> diverged([2.3, 9.1, 55.0, 2.4, 2.3, 2.4, 2.3])
     {'first_loss': 2.3, 'highest_loss': 55.0, 'highest_loss_step': 3.0, 'newest_loss': 2.4}
+    >>> diverged([0.05, 0.9, 0.2, 0.1], chance=2.3)
     """
     if not step_losses:
         return None
     first, newest = step_losses[0], median(step_losses[-max(NEWEST, len(step_losses) // 10) :])
     broken = next((i for i, loss in enumerate(step_losses) if not math.isfinite(loss)), None)
     highest = max(range(len(step_losses)), key=lambda i: step_losses[i]) if broken is None else broken
-    if broken is None and (step_losses[highest] <= BLOWN_UP * first or newest < NOT_BACK * min(first, chance)):
+    known = chance if math.isfinite(chance) else first
+    bad = max(min(first, known), KNOWS * known)
+    if broken is None and (step_losses[highest] <= BLOWN_UP * first or newest < NOT_BACK * bad):
         return None
     return {
         "first_loss": _number(first),

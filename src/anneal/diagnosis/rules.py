@@ -6,8 +6,8 @@ Thresholds were set by bench/diagnosis.py on runs with induced faults; docs/diag
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -138,7 +138,52 @@ def diagnose(run: Run) -> list[Finding]:
     found = [diverging] if diverging else []
     found += [finding for name, rule in named.items() if name != "diverging" and (finding := rule(run)) is not None]
     names = {finding.name for finding in found}
-    return [finding for finding in found if not names & EXPLAINED.get(finding.name, set())]
+    kept = [finding for finding in found if not names & EXPLAINED.get(finding.name, set())]
+    return [replace(finding, change=applicable(finding.change, run.recipe)) for finding in kept]
+
+
+def applicable(change: Mapping[str, str], recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Return the advice that a recipe leaves room for: no key that it lacks, no share of 0, nothing that is so already.
+
+    Parameters
+    ----------
+    change
+        Key of params.yaml to what to try with it.
+    recipe
+        Sections of params.yaml; keys of others are taken as they are.
+
+    Examples
+    --------
+    >>> change = {"regularization.dropout": "half of it", "batch.sampling": "balanced", "optimizer.SGD.lr": "a third of it"}
+    >>> recipe = {"regularization": {"dropout": 0.0}, "batch": {"sampling": "shuffle"}, "optimizer": {"LBFGS": {"lr": 1.0}}}
+    >>> applicable(change, recipe)
+    {'batch.sampling': 'balanced'}
+    """
+    kept = {}
+    for key, what in change.items():
+        path = key.split(".")
+        value = _setting(recipe, path)
+        if path[0] not in recipe:
+            kept[key] = what
+        elif value == 0 and what == "three times":
+            kept[key] = "more than 0"
+        elif value is not LACKING:
+            extreme = (value, what) in [("strong", "a stronger one"), ("none", "a lighter one")]
+            if not extreme and str(value) != what and not (value == 0 and what.endswith("of it")):
+                kept[key] = what
+    return kept
+
+
+LACKING = object()
+"""What params.yaml has not."""
+
+
+def _setting(recipe: Mapping[str, Any], path: Sequence[str]) -> Any:
+    """Return a value of params.yaml, or `LACKING`."""
+    value: Any = recipe
+    for name in path:
+        value = value.get(name, LACKING) if isinstance(value, Mapping) else LACKING
+    return value
 
 
 # ---- training went wrong --------------------------------------------------------------------------------------------
@@ -150,7 +195,7 @@ def _diverging(run: Run) -> Finding | None:
     newest = float(train[-1]) if run.epochs else math.nan
     steps = run.steps.get("loss", [])
     blown_up = live.diverged(steps, run.chance if run.loss == "cross_entropy" else math.inf)
-    spike = max(steps, default=0.0) / max(run.first_loss, run.train_chance)
+    spike = max(steps, default=0.0) / max(run.first_loss, run.train_chance, 1e-12)
     ends_at_chance = spike > SPIKED and bool(run.epochs) and run.train_left >= LEARNT_NOTHING
     died = bool(run.epochs) and run.train_left >= LEARNT_NOTHING and _burst(run)
     broken = ~(np.isfinite(train) & np.isfinite(run.curve("val_loss")))
@@ -171,7 +216,7 @@ def _diverging(run: Run) -> Finding | None:
     }
     change = {
         f"optimizer.{run.optimizer}.lr": "a third of it",
-        "schedule.warmup.length": "twice as long",
+        "schedule.warmup.length": "longer, as 0.1",
         "regularization.gradient_clip": "1.0",
     }
     since = int(broken.argmax() if broken.any() else np.argmin(train)) + 1 if run.epochs else 1
@@ -213,12 +258,22 @@ def _exploding_layers(run: Run) -> Finding | None:
 
 
 def _too_high(run: Run) -> Finding | None:
-    """Find losses that rise as often as they fall, on training and validation images alike (Smith 2018, 3)."""
+    """Find losses that rise as often as they fall, on training and validation images alike (Smith 2018, 3).
+
+    Or a step whose loss was far above that of the start, in a run that came back from it.
+    """
     train = bounce(run.curve("train_eval_loss" if run.as_stored else "train_loss"))
     val = bounce(run.curve("val_loss"))
-    if run.epochs < 6 or math.sqrt(train * val) < BOUNCE or run.train_left < LEARNT_ALL or _by_heart(run):
+    swings = (
+        run.epochs >= 6 and math.sqrt(train * val) >= BOUNCE and run.train_left >= LEARNT_ALL and not _by_heart(run)
+    )
+    steps = run.steps.get("loss", [])
+    spike = max(steps, default=0.0)
+    if not swings and spike <= live.BLOWN_UP * max(run.first_loss, run.train_chance):
         return None
     evidence = {
+        "highest_loss_of_a_step": spike if steps else None,
+        "first_loss": run.first_loss,
         "rise_of_val_loss": val,
         "rise_of_train_loss": train,
         "update_ratio": _hot_update(run),
@@ -229,13 +284,17 @@ def _too_high(run: Run) -> Finding | None:
         "schedule.warmup.length": "0.1",
         "batch.size": "twice as large",
     }
+    if not swings:
+        change["regularization.gradient_clip"] = "1.0"
+        return _finding("learning_rate_too_high", "medium", evidence, change, (1, run.epochs))
     return _finding("learning_rate_too_high", "medium", evidence, change, (run.epochs // 2 + 1, run.epochs))
 
 
 def _too_low(run: Run) -> Finding | None:
     """Find weights that hardly move while there is much left to learn (CS231n; Smith 2018, 3)."""
     median, left = _hot_update(run), run.train_left
-    least = _least_update(run)
+    # At rates of their own some layers move less by design.
+    least = _least_update(run) if run.one_rate else math.nan
     ratio = median if math.isnan(least) else math.sqrt(median * least)
     falls = float(np.mean(np.diff(run.curve("train_loss")) < 0)) if run.epochs > 1 else 0.0
     if not ratio < STILL_UPDATE or left < TOO_LOW or falls < 0.5:
@@ -243,8 +302,8 @@ def _too_low(run: Run) -> Finding | None:
     evidence = {
         "update_ratio": median,
         "of_the_stillest_layer": least,
+        "train_loss_over_chance": left,
         "last_train_loss": float(run.curve("train_loss")[-1]),
-        "chance": run.chance,
     }
     evidence |= {"share_of_epochs_that_fall": falls, "lr": float(run.curve("lr").max())}
     change = {f"optimizer.{run.optimizer}.lr": "ten times; or auto", "trainer.epochs": "more"}
@@ -265,13 +324,13 @@ def _slow_start(run: Run) -> Finding | None:
         "share_of_run": share,
         "step": step,
         "chance": run.train_chance,
-        "last_loss_over_chance": reached,
+        "train_loss_over_chance": reached,
         "faster": faster,
         "weakest_initial_signal": weakest,
     }
     change = {
         "init.name": "kaiming_normal, or lsuv",
-        "schedule.warmup.length": "half as long",
+        "schedule.warmup.length": "shorter, where there is one",
         "model.norm.name": "batch",
     }
     until = max(1, math.ceil(share * run.epochs))
@@ -288,7 +347,7 @@ def _plateau(run: Run) -> Finding | None:
     rises, falls, level = bounce(run.curve("train_eval_loss") if run.as_stored else loss), fall(loss), run.train_left
     if rises < PLATEAU_BOUNCE or falls > FLAT or level < LEARNT_ALL or _by_heart(run):
         return None
-    evidence = {"fall": falls, "rise_from_epoch_to_epoch": rises, "last_train_loss": float(loss[-1])}
+    evidence = {"fall": falls, "rise_from_epoch_to_epoch": rises, "train_loss_over_chance": level}
     evidence |= {"update_ratio": _hot_update(run)}
     change = {"schedule.name": "cosine", f"optimizer.{run.optimizer}.lr": "a third of it", "averaging.name": "ema"}
     return _finding("plateau", "medium", evidence, change, (run.epochs // 2 + 1, run.epochs))
@@ -340,7 +399,7 @@ def _underfitting(run: Run) -> Finding | None:
         return None
     evidence = {"last_train_accuracy": train, "best_val_accuracy": val, "chance": 1 / run.num_classes, "gap": gap}
     change = {
-        f"model.{run.model}": "a wider or deeper network",
+        f"model.{'custom' if ':' in run.model else run.model}": "a wider or deeper network",
         "trainer.epochs": "twice as many",
         f"optimizer.{run.optimizer}.lr": "three times, and a third of it",
         "augment.policy": "a lighter one",
@@ -437,7 +496,7 @@ def _validation_easier(run: Run) -> Finding | None:
     if not run.as_stored or run.epochs < 2:
         return None
     train, val = late(run.curve("train_eval_loss")), late(run.curve("val_loss"))
-    easier = float(np.log(train.mean() / max(float(val.mean()), 1e-12)))
+    easier = float(np.log(max(float(train.mean()), 1e-12) / max(float(val.mean()), 1e-12)))
     gap = run.gap or 0.0
     if easier < EASIER or gap > 0 or run.standard_error(0.9) >= VALIDATION_ERROR:
         return None
@@ -488,7 +547,7 @@ def _small_batch_norm(run: Run) -> Finding | None:
 def _class_imbalance(run: Run) -> Finding | None:
     """Find classes of very different sizes (Buda et al. 2018)."""
     counts = [count for count in run.class_counts if count]
-    if not counts or max(counts) < IMBALANCE * min(counts):
+    if not counts or max(counts) < IMBALANCE * min(counts) or _evened(run):
         return None
     evidence = {
         "largest_class": float(max(counts)),
@@ -497,6 +556,16 @@ def _class_imbalance(run: Run) -> Finding | None:
     }
     change = {"batch.sampling": "balanced", "loss.class_weights": "balanced", "augment.copies.balance": "true"}
     return _finding("class_imbalance", "high", evidence, change)
+
+
+def _evened(run: Run) -> bool:
+    """Say whether the recipe makes up for classes of different sizes."""
+    chosen = {
+        ("batch", "sampling"): "balanced",
+        ("loss", "class_weights"): "balanced",
+        ("augment", "copies", "balance"): True,
+    }
+    return any(_setting(run.recipe, path) == value for path, value in chosen.items())
 
 
 def _label_noise(run: Run) -> Finding | None:
@@ -510,7 +579,8 @@ def _label_noise(run: Run) -> Finding | None:
     by_heart = float(train[-1]) - min(float(train[best]), a) if run.as_stored or not run.mixed else 0.0
     # In training images as many labels are wrong as in validation; of few images the right ones are learnt by heart as well.
     alike = float(1 - train[best]) / max(1 - a, 1e-12)
-    if run.class_counts and sum(run.class_counts) < FEW_IMAGES * run.num_classes:
+    # With two classes any error is spread over all others.
+    if run.num_classes < 3 or (run.class_counts and sum(run.class_counts) < FEW_IMAGES * run.num_classes):
         return None
     if ratio < SPREAD_ERRORS or run.learnt(a) < LITTLE or by_heart < MEMORIZED or alike < ALIKE:
         return None
@@ -569,7 +639,7 @@ EXPLAINED: dict[str, set[str]] = {
     "stopped_too_early": {"learning_rate_too_low", "plateau"},
     "plateau": {"dead_layers"},
     # On few images a rise is chance.
-    "learning_rate_too_high": {"noisy_validation"},
+    "learning_rate_too_high": {"noisy_validation", "exploding_layers"},
     "overconfidence": {"noisy_validation"},
     "label_noise": {
         "exploding_layers",
@@ -691,7 +761,7 @@ def _small_statistics(run: Run) -> bool:
 
 
 def _ended(run: Run) -> dict[str, float]:
-    return {"last_train_loss": float(run.curve("train_loss")[-1]), "chance": run.chance}
+    return {"train_loss_over_chance": run.train_left, "last_train_loss": float(run.curve("train_loss")[-1])}
 
 
 def _finding(

@@ -38,9 +38,9 @@ class Layer:
     weight_norm
         Of these values, all in one vector, before the step.
     grad_norm
-        Of the gradient behind the step, before clipping; None where it was not finite.
+        Of the gradient behind the step, before clipping; None where it was not finite, and of a frozen layer.
     update_ratio
-        Norm of the update over `weight_norm`; None in epoch 0 and where all weights were 0.
+        Norm of the update over `weight_norm`; None in epoch 0, where all weights were 0, and of a frozen layer.
     norm_gap, norm_variance_gap, small_scales
         Of a batch norm layer at the end of the epoch; see `anneal.training.norm_health.NormHealth`.
     """
@@ -367,10 +367,13 @@ class Dynamics(pl.Callback):
             mine = slice(start, start + len(own))
             start = mine.stop
             weight_norm, ratio = math.hypot(*weight_norms[mine]), None
-            if update_norms is not None and weight_norm > 0:
+            # A frozen layer has no gradient, and no update to speak of: one of 0 would be a layer that has died.
+            frozen = all(gradient is None for gradient in self.gradients[mine])
+            if update_norms is not None and weight_norm > 0 and not frozen:
                 ratio = figures[f"update_ratio/{name}"] = math.hypot(*update_norms[mine]) / weight_norm
             size, length = sum(parameter.numel() for parameter in own), math.hypot(*gradient_norms[mine])
-            self.rows.append(Layer(epoch, name, size, weight_norm, length if math.isfinite(length) else None, ratio))
+            known = math.isfinite(length) and not frozen
+            self.rows.append(Layer(epoch, name, size, weight_norm, length if known else None, ratio))
         return {"update/ratio": median(figures.values()), **figures} if figures else {}
 
 
