@@ -32,7 +32,7 @@ repro: $(STAMP) $(VENV)/.checked ## train: run what params.yaml, the data or the
 	@anneal summary
 
 test: $(STAMP) ## run the tests (some ten minutes on 2 cores)
-	@python -m pytest -m "not long" -n 2 --dist loadgroup --no-loadscope-reorder
+	@python -m pytest -m "not long" -n 4 --dist loadgroup --no-loadscope-reorder
 
 test-long: $(STAMP) ## run the long tests too
 	@python -m pytest

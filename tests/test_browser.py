@@ -26,6 +26,10 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+NOISE_OF_MLFLOW = (
+    "the server responded with a status of 404",  # what its own features ask for, which a plain server has not
+    "ResizeObserver loop",
+)
 CHART_OF_LEGEND_HAS_POINTS = """([legend, count]) => {
     let card = legend;
     while (card && !card.querySelector(".js-plotly-plot")) card = card.parentElement;
@@ -50,9 +54,13 @@ def browser_page() -> Iterator[Page]:
         try:
             page = browser.new_page(viewport={"width": 1700, "height": 1000})
             page.set_default_timeout(60_000)
+            wrong: list[str] = []
+            page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+            page.on("pageerror", lambda error: wrong.append(str(error)))
             yield page
         finally:
             browser.close()
+    assert [text for text in wrong if not any(known in text for known in NOISE_OF_MLFLOW)] == []
 
 
 def check_pages(store: str, folder: Path, *, headline: str, child: str, curve: str, preview: str) -> None:

@@ -476,7 +476,7 @@ def test_only_the_first_process_tracks(workspace: Path, monkeypatch: pytest.Monk
 
 
 def test_many_processes_on_a_fresh_store_share_one_parent(fresh: Path) -> None:
-    members = "abcdef"
+    members = "abcd"
     values = params.merge(recipe(), {"ensemble": {"members": {name: {} for name in members}}})
     YAML().dump(values, fresh / "params.yaml")
     code = STAGE.format(body="")

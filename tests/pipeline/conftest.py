@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from anneal import params, recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-EPOCHS = 8
+EPOCHS = 6
 """Of the run on digits that tests share; the shipped recipe has more."""
 
 

@@ -142,8 +142,6 @@ def test_each_key_touches_just_the_stages_that_list_it(small: Clone) -> None:
 
 def test_editing_one_key_runs_the_right_stages(small: Clone, tmp_path: Path) -> None:
     fresh = copy(small, tmp_path, {})
-    fresh.set(evaluate__bootstrap=200)
-    assert fresh.ran(fresh.repro()) == ["evaluate", "report"]
     fresh.set(optimizer__SGD__lr=0.02)
     assert fresh.ran(fresh.repro()) == ["train@a", "diagnose", "evaluate", "report"]
     fresh.set(hardware__num_workers=2, tracking__experiment="other")
