@@ -266,6 +266,7 @@ def clone(tmp_path_factory):
     return clone
 
 
+@pytest.mark.long
 def test_one_params_file_gives_one_curve_on_any_number_of_devices(clone):
     runs = {}
     for devices in (1, 2):

@@ -30,6 +30,7 @@ def hashes(clone: Clone) -> dict[str, str]:
     return found
 
 
+@pytest.mark.long
 def test_the_command_reads_no_test_image_and_writes_no_out(small: Clone, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
