@@ -116,6 +116,17 @@ def test_a_class_without_images_keeps_a_probability() -> None:
     assert after[:, 4].min() > 0 and np.isfinite(np.log(after)).all()
 
 
+def test_a_class_that_val_lacks_is_not_ruled_out() -> None:
+    """Cross-validation cannot see what a bias against it does to other splits."""
+    predictions, labels = drawn(1.0, num_images=400)
+    known = labels != 4
+    fitted, why = choose(predictions[known], labels[known], "vector")
+    assert fitted["kind"] != "vector" and why["left_out"] == "vector: 1 of 5 classes have no image in val"
+    after = apply(predictions, fitted).argmax(axis=1)
+    assert (after == predictions.argmax(axis=1)).all()
+    assert "left_out" not in choose(predictions, labels, "vector")[1]
+
+
 @pytest.mark.parametrize("most", ["temperature", "vector"])
 def test_what_helps_is_kept(most: str) -> None:
     predictions, labels = drawn(3.0, num_images=500)

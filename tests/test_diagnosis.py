@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import doctest
 import gzip
 import importlib.util
 import json
@@ -730,10 +729,6 @@ def test_stopping_on_what_does_not_happen_changes_nothing(tmp_path) -> None:
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
-
-
-def test_examples() -> None:
-    assert all(doctest.testmod(module).failed == 0 for module in (curves, live))
 
 
 def test_what_training_figures_are_measured_on() -> None:

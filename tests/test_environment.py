@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import hashlib
 import json
 import os
@@ -36,10 +35,6 @@ def tree(tmp_path: Path) -> Path:
     git(root, "add", "-A")
     git(root, "commit", "-qm", "start")
     return root
-
-
-def test_examples() -> None:
-    assert doctest.testmod(environment).failed == 0
 
 
 def test_the_machine_is_on_record(tree: Path) -> None:

@@ -62,6 +62,13 @@ def test_what_cannot_be_compared_is_refused() -> None:
     ):
         with pytest.raises(UserError, match=reason):
             compare_runs(one, read_predictions(table(p, order, **changes), "two"))
+    for changes in (
+        {"prob_cat": [float("nan"), *p[1:, 0]]},
+        {"prob_cat": [None, *p[1:, 0]]},
+        {"split": [None] + ["test"] * 79},
+    ):
+        with pytest.raises(UserError, match=r"found no predictions of evaluate \(a cell without a value\)"):
+            read_predictions(table(p, order, **changes), "x.parquet")
     with pytest.raises(UserError, match=r"^x.parquet: found no predictions of evaluate"):
         read_predictions(b"PAR1 no", "x.parquet")
     with pytest.raises(UserError, match=r"^x.parquet: found no predictions of evaluate \('fox'\)"):

@@ -350,6 +350,20 @@ def test_no_gain_stands_without_its_interval(page: str) -> None:
     assert "no difference shown" in shown
 
 
+def test_a_gain_in_nll_is_a_fall_of_it(page: str, inputs: Inputs) -> None:
+    """More is better in every column of gains."""
+    row = next(row for row in inputs.rows("comparisons", inputs.split) if abs(row["nll_difference"]) > 1e-3)
+    sign = "+" if row["nll_difference"] < 0 else "−"
+    assert f"{sign}{abs(row['nll_difference']):.4f}" in section(page, "gains")
+
+
+def test_a_soup_that_there_is_not_says_why() -> None:
+    from anneal.reporting.report.prediction import _soups
+
+    (block,) = _soups({"uniform": {"members": ["a", "b"]}, "greedy": {"omitted": "the members are of other shapes"}})
+    assert "no greedy soup: the members are of other shapes; uniform soup of a, b." in str(block)
+
+
 def test_the_other_sections_say_what_the_files_do(page: str, inputs: Inputs) -> None:
     assert "60 train, 30 val, 45 test images of 3 classes, 8x8 colour" in text_of(section(page, "data"))
     assert "hflip" in section(page, "views") and "passes" in section(page, "views")

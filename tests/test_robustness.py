@@ -105,8 +105,10 @@ def test_the_table_of_digits() -> None:
     assert [(r["corruption"], r["severity"]) for r in rows] == [(c, s) for c in ("contrast", "jpeg") for s in range(6)]
     assert list(rows[0]) == [
         *("split", "corruption", "severity", "images", "accuracy", "accuracy_low", "accuracy_high"),
-        *("change", "change_low", "change_high"),
+        *("change", "change_low", "change_high", "mcnemar_p", "verdict"),
     ]
+    assert {row["verdict"] for row in rows if row["mcnemar_p"] >= 0.05} == {"no difference shown"}
+    assert rows[0]["mcnemar_p"] == 1 and rows[5]["verdict"] == "worse"
     clean = (predict(images[1000:1300]).argmax(axis=1) == labels[1000:1300]).mean()
     for row in rows:
         assert row["split"] == "test" and row["images"] == 300

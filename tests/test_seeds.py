@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from anneal import params, seeds
@@ -87,6 +88,20 @@ def test_a_difference_that_more_seeds_would_show() -> None:
     text = conclusion(found(0.006, 0.01, 0.004, "no difference shown"))
     assert text.startswith("no difference shown with 5 seeds: +0.60 points")
     assert text.endswith("about 24 seeds would be needed to see a difference of this size")
+
+
+def test_seeds_that_agree_by_chance_need_more_of_them() -> None:
+    """With a spread of 0 between two seeds the interval is that of a spread of one image."""
+    from anneal.ablation.effects import effect
+
+    labels = np.zeros(400, np.int64)
+
+    def right(hits: int) -> np.ndarray:
+        return np.log(np.where(np.arange(400)[:, None] < hits, [0.9, 0.1], [0.2, 0.8]))
+
+    of = effect(np.stack([right(300)] * 2), np.stack([right(308)] * 2), labels)
+    assert of.spread == 0 and of.verdict == "no difference shown"
+    assert "seeds would be needed" in conclusion(of)
 
 
 def test_a_difference_that_more_images_would_show() -> None:

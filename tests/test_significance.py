@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from scipy.stats import binomtest
@@ -124,7 +126,18 @@ def test_few_differing_images_show_nothing_whatever_the_interval_says() -> None:
     assert found.accuracy_low > 0 and found.mcnemar_p == pytest.approx(2 * 0.5**5)
     assert found.accuracy_verdict == NO_DIFFERENCE
     assert wording(found) == "no difference shown: +5.00 points (95 % interval +1.00 to +10.00; McNemar p = 0.062)"
+    assert verdict(math.nan, math.nan) == verdict(0.1, 0.2, math.nan) == NO_DIFFERENCE
     assert verdict(-0.1, 0.0) == verdict(0.0, 0.1) == NO_DIFFERENCE and verdict(-0.2, -0.1) == "worse"
+
+
+@pytest.mark.parametrize("num_images", [1, 3])
+def test_few_images_say_nothing_of_the_likelihood(num_images: int) -> None:
+    """Of one image the bootstrap's interval has no width, of three it is far too narrow."""
+    labels = np.zeros(num_images, np.int64)
+    a = np.tile([0.5, 0.5], (num_images, 1))
+    p = np.linspace(0.55, 0.9, num_images)
+    found = compare(a, np.stack([p, 1 - p], axis=1), labels)
+    assert found.nll_high < 0 and found.nll_verdict == NO_DIFFERENCE
 
 
 @pytest.mark.parametrize("gain", [0.0, 0.05])

@@ -12,7 +12,7 @@ import pytest
 
 from anneal import cli, params, tracking
 from anneal.tracking.run import MARGIN, PATIENCE_USES
-from anneal.tracking.split_uses import METRIC, known_uses
+from anneal.tracking.split_uses import METRIC, known_uses, recipes_on_test
 from tests.test_tracking import (  # noqa: F401
     ROOT,
     client,
@@ -67,6 +67,26 @@ def test_recipes_are_counted_once_each_and_those_alone_that_looked(
     shutil.copy(ROOT / "params.schema.json", workspace)
     cli.main(["summary"])
     assert "\ntest set used by 3 recipes\n" in capsys.readouterr().out
+
+
+def test_the_same_test_images_are_the_same_split_whatever_was_done_to_them(
+    workspace: Path,  # noqa: F811
+) -> None:
+    """Tuning the normalisation by test figures makes them too good as well."""
+    store = Path("data/processed")
+    values, made = recipe(), {}
+    for name, images in (("scaled", b"one"), ("standardized", b"one"), ("another split", b"two")):
+        (store / "test").mkdir(parents=True, exist_ok=True)
+        (store / "test/samples.parquet").write_bytes(images)
+        info = json.loads((store / "dataset.json").read_text())
+        made[name] = info["digest"] = f"{name:x<32}"
+        (store / "dataset.json").write_text(json.dumps(info))
+        with tracking.stage_run(values, "evaluate") as run:
+            run.headline({"test/accuracy": 0.5})
+    uri = sqlite(workspace)
+    experiments = [parents(uri)[0].info.experiment_id]
+    counts = {name: len(recipes_on_test(client(uri), experiments, digest)) for name, digest in made.items()}
+    assert counts == {"scaled": 2, "standardized": 2, "another split": 1}
 
 
 def test_without_a_store_nothing_is_said_and_nothing_is_made(fresh: Path) -> None:  # noqa: F811

@@ -125,7 +125,7 @@ KINDS: dict[str, Callable[[Floats, npt.NDArray[np.int64]], Fitted]] = {
     "temperature": _temperature,
     "vector": _vector,
 }
-"""``evaluate.calibration``, each with one more degree of freedom than the one before."""
+"""``evaluate.calibration``, each freer than the one before."""
 
 FOLDS = 5
 """Parts of the validation split, each predicted by what was fitted on the others."""
@@ -143,7 +143,7 @@ def apply(log_probabilities: Floats, fitted: Mapping[str, Any]) -> Floats:
 def choose(log_probabilities: Floats, labels: npt.NDArray[np.int64], most: str) -> tuple[Fitted, dict[str, Any]]:
     """Fit the calibration that cross-validation favours, none or one of `KINDS` up to ``most``.
 
-    From none on, the next is taken if it lowers the cross-validated negative log-likelihood by more than one standard error of
+    Vector scaling is left out where a class has no image here. From none on, the next is taken if it lowers the cross-validated negative log-likelihood by more than one standard error of
     that difference over the images (the rule of Breiman et al. 1984): what a few images ask for by chance is not followed.
 
     Parameters
@@ -161,7 +161,10 @@ def choose(log_probabilities: Floats, labels: npt.NDArray[np.int64], most: str) 
         What was fitted on all images; and why: ``asked``, ``kind``, ``num_images`` and, by kind, ``cross_validated_nll`` and
         ``standard_error`` of its difference to the one kept before it.
     """
-    names = list(KINDS)[: list(KINDS).index(most) + 1]
+    # A class without an image costs nothing to rule out, in each fold: cross-validation cannot see what that does elsewhere.
+    absent = log_probabilities.shape[1] - len(np.unique(labels))
+    allowed = "temperature" if most == "vector" and absent else most
+    names = list(KINDS)[: list(KINDS).index(allowed) + 1]
     losses = {name: _cross_validated(log_probabilities, labels, KINDS[name]) for name in names}
     kept, errors = "none", {}
     for name in names[1:]:
@@ -176,6 +179,8 @@ def choose(log_probabilities: Floats, labels: npt.NDArray[np.int64], most: str) 
         "cross_validated_nll": {name: float(loss.mean()) for name, loss in losses.items()},
         "standard_error": errors,
     }
+    if allowed != most:
+        why["left_out"] = f"{most}: {absent} of {log_probabilities.shape[1]} classes have no image in val"
     return KINDS[kept](log_probabilities, labels), why
 
 

@@ -391,6 +391,8 @@ def _metrics_section(found: Comparison, painted: Callable[[str, str], str]) -> l
         counts = ((len(both) - len(rows), "more differ"), (equal, "equal"))
         if more := ", ".join(f"{count} {word}" for count, word in counts if count):
             lines.append(painted(f"  {more}", DIM))
+        if any(row.key.startswith(("val/", "test/")) for row in both):
+            lines.append(painted("  whether such a difference is real: `anneal compare A B`, image by image", DIM))
     else:
         lines = [f"{name}  {f'same  {equal} of both' if equal else 'none of both'}"]
     for letter, missing in (("A", "b"), ("B", "a")):

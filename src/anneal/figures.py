@@ -55,7 +55,9 @@ def split_figures(
     num_images = len(found.labels)
     each = [metrics.with_intervals(v, r, num_images) for v, r in zip(values, resampled, strict=True)]
     single, tta = (
-        metrics.with_intervals(metrics.mean(values[chosen]), metrics.mean(resampled[chosen]), num_images)
+        metrics.with_intervals(
+            metrics.mean(values[chosen]), metrics.mean(resampled[chosen]), num_images, is_mean=count > 1
+        )
         for chosen in (slice(0, count), slice(count, 2 * count))
     )
     ensemble, ensemble_tta, uncalibrated = each[2 * count :]

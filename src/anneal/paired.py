@@ -57,6 +57,10 @@ def read_predictions(data: bytes, name: str) -> dict[str, Predicted]:
         columns = [column for column in table.column_names if column.startswith("prob_")]
         classes = [column.removeprefix("prob_") for column in columns]
         probabilities = np.stack([table[column].to_numpy() for column in columns], axis=1).astype(np.float64)
+        if not np.isfinite(probabilities).all() or any(
+            table[column].null_count for column in ("label", "split", "source")
+        ):
+            raise ValueError("a cell without a value")
         number = {name: index for index, name in enumerate(classes)}
         labels = np.array([number[label] for label in table["label"].to_pylist()], np.int64)
         splits = np.array(table["split"].to_pylist())

@@ -174,7 +174,8 @@ def robustness_table(
     -------
     list of dict
         Rows of ``split``, ``corruption``, ``severity`` (0: clean), ``images``, ``accuracy`` with its 95 % interval
-        ``accuracy_low`` and ``accuracy_high`` (Wilson 1927), and ``change`` against clean with ``change_low``, ``change_high``.
+        ``accuracy_low`` and ``accuracy_high`` (Wilson 1927), and ``change`` against clean with ``change_low``, ``change_high``, ``mcnemar_p`` and ``verdict``, as
+        `anneal.significance.compare` has them.
     """
     from scipy.stats import binomtest
 
@@ -185,9 +186,8 @@ def robustness_table(
             if severity:
                 changed = predict(corrupt(images, name, severity, seed=seed, indices=indices))
                 found = compare(clean, changed, labels, num_resamples=num_resamples, seed=seed)
-                change = (found.accuracy_difference, found.accuracy_low, found.accuracy_high)
             else:
-                changed, change = clean, (0.0, 0.0, 0.0)
+                changed, found = clean, compare(clean, clean, labels, num_resamples=1, seed=seed)
             hits = int((predicted(changed) == labels).sum())
             interval = binomtest(hits, len(labels)).proportion_ci(method="wilson")
             rows.append(
@@ -199,9 +199,11 @@ def robustness_table(
                     "accuracy": hits / len(labels),
                     "accuracy_low": float(interval.low),
                     "accuracy_high": float(interval.high),
-                    "change": change[0],
-                    "change_low": change[1],
-                    "change_high": change[2],
+                    "change": found.accuracy_difference,
+                    "change_low": found.accuracy_low,
+                    "change_high": found.accuracy_high,
+                    "mcnemar_p": found.mcnemar_p,
+                    "verdict": found.accuracy_verdict,
                 }
             )
     return rows

@@ -267,7 +267,7 @@ def conclusion(found: Effect) -> str:
         return f"{said}; more seeds would tell, and how many shows from 2 on"
     if not found.difference:
         return f"{said}; there is none to see"
-    needed = seeds_needed(found.difference, found.spread)
+    needed = seeds_needed(found.difference, max(found.spread, 1 / found.images))
     if needed is None or needed > found.seeds:
         many = f"more than {MOST_SEEDS:,}" if needed is None else f"about {needed}"
         return f"{said}; {many} seeds would be needed to see a difference of this size"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -163,7 +164,7 @@ def _comparison(a: ByImage, b: ByImage, ends: Floats) -> Comparison:
         nll_difference=float(nll_difference),
         nll_low=float(nll_low),
         nll_high=float(nll_high),
-        nll_verdict=verdict(-nll_high, -nll_low),
+        nll_verdict=verdict(-nll_high, -nll_low, paired_t_p(_differences(a, b)[1])),
     )
 
 
@@ -173,9 +174,27 @@ def verdict(low: float, high: float, p: float = 0.0) -> str:
     >>> verdict(0.001, 0.004), verdict(-0.001, 0.004), verdict(0.001, 0.004, p=0.2)
     ('better', 'no difference shown', 'no difference shown')
     """
-    if low <= 0 <= high or p >= LEVEL:
+    if not (low > 0 or high < 0) or not p < LEVEL:  # so that NaN shows nothing
         return NO_DIFFERENCE
     return "better" if low > 0 else "worse"
+
+
+def paired_t_p(differences: Floats) -> float:
+    """Return the two-sided p value of Student's t test that paired differences (N,) have mean 0; NaN for fewer than two.
+
+    A bootstrap alone takes few images for too certain: of one it makes an interval of width 0.
+
+    >>> round(paired_t_p(np.array([1.0, 2.0, 3.0])), 3), paired_t_p(np.zeros(3)), paired_t_p(np.ones(3))
+    (0.074, 1.0, 0.0)
+    """
+    from scipy.special import stdtr
+
+    if len(differences) < 2:
+        return math.nan
+    mean, spread = abs(float(differences.mean())), float(differences.std(ddof=1))
+    if spread == 0:
+        return 0.0 if mean else 1.0
+    return float(2 * stdtr(len(differences) - 1, -mean / (spread / math.sqrt(len(differences)))))
 
 
 def p_value(p: float) -> str:

@@ -27,6 +27,7 @@ from anneal import environment
 from anneal.tracking.address import one_line, redact, repository, say, tracking_uri
 from anneal.tracking.journal import Journal, Writer, create
 from anneal.tracking.names import NOTE, plain
+from anneal.tracking.split_uses import TAG, split_digest
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 """Variables in which launchers give a process its place; only the first process tracks."""
@@ -494,7 +495,9 @@ def _info(data: Path | str) -> dict[str, Any] | None:
     """Return what MLflow is told of a store, None where there is none."""
     with suppress(OSError, ValueError):
         info = dict(json.loads((Path(data) / "dataset.json").read_text(encoding="utf-8")))
-        return {key: info[key] for key in ("digest", *PROFILE) if key in info}
+        known = {key: info[key] for key in ("digest", *PROFILE) if key in info}
+        split = split_digest(Path(data))
+        return known | ({TAG: split} if split else {})
     return None
 
 

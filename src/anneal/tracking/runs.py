@@ -9,6 +9,7 @@ from anneal import params
 from anneal.tracking.files import log_data
 from anneal.tracking.names import NOTE, PARENT, description, fingerprint, flat_params, recipe_name, tag_name
 from anneal.tracking.session import OWNER, Session
+from anneal.tracking.split_uses import TAG
 from anneal.tracking.store import alive
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def find_parent(session: Session) -> str:
         **session.tags,
         "fingerprint": print_,
         "data.digest": session.info["digest"],
+        **{key: session.info[key] for key in (TAG,) if key in session.info},
         NOTE: description(session.params, {}),
         OWNER: session.journal.name,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
@@ -15,12 +16,17 @@ from anneal.tracking.address import ENVIRONMENT, tracking_uri
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+TAG = "test.digest"
+"""Tag of a parent run: which images its test split has, whatever else was done to the data."""
+
 METRIC = "test/used_by_recipes"
 """Metric of a parent run: the number when its recipe was evaluated last."""
 
 
 def recipes_on_test(client: MlflowClient, experiments: Sequence[str], digest: str) -> list[str]:
     """Return the recipes that have figures of this data set's test split, by their fingerprints, sorted.
+
+    The same images under other preprocessing, or beside other training images, are the same test split.
 
     Parameters
     ----------
@@ -29,17 +35,34 @@ def recipes_on_test(client: MlflowClient, experiments: Sequence[str], digest: st
     experiments
         Ids of the experiments that count.
     digest
-        Of the processed data, in dataset.json. Other preprocessing makes another digest, and so is not counted.
+        Of the processed data, in dataset.json.
     """
-    query = f"tags.`data.digest` = '{digest}' and metrics.`test/accuracy` >= 0"
-    found: set[str] = set()
+    own = _tags(client, experiments, f"tags.`data.digest` = '{digest}'")
+    found = _tags(client, experiments, f"tags.`data.digest` = '{digest}' and {LOOKED}")
+    for split in sorted({tags[TAG] for tags in own if TAG in tags}):
+        found += _tags(client, experiments, f"tags.`{TAG}` = '{split}' and {LOOKED}")
+    return sorted({tags["fingerprint"] for tags in found if "fingerprint" in tags})
+
+
+LOOKED = "metrics.`test/accuracy` >= 0"
+
+
+def _tags(client: MlflowClient, experiments: Sequence[str], query: str) -> list[dict[str, str]]:
+    """Return the tags of all runs that a query finds."""
+    found: list[dict[str, str]] = []
     token = None
     while True:
         runs = client.search_runs(list(experiments), query, max_results=1000, page_token=token)
-        found.update(run.data.tags["fingerprint"] for run in runs if "fingerprint" in run.data.tags)
+        found += [run.data.tags for run in runs]
         token = runs.token
         if not token:
-            return sorted(found)
+            return found
+
+
+def split_digest(data: Path) -> str | None:
+    """Return what tells a store's test split from others, by its images' sources, hashes and labels; None where there is none."""
+    table = data / "test" / "samples.parquet"
+    return hashlib.sha256(table.read_bytes()).hexdigest()[:32] if table.exists() else None
 
 
 def sentence(recipes: int) -> str:

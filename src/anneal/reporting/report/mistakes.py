@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from markupsafe import Markup
 
@@ -179,16 +178,10 @@ def _changes(rows: Sequence[Row]) -> Table:
     cells = [
         [
             row["corruption"],
-            gain(row["change"], row["change_low"], row["change_high"], reach=reach, verdict=_shown(row)),
+            gain(row["change"], row["change_low"], row["change_high"], reach=reach, verdict=row["verdict"]),
             percent(row["accuracy"]),
             short(row["severity"]),
         ]
         for row in rows
     ]
     return Table(["corruption", "change, 95 % interval", "accuracy", "severity"], cells, text=(0, 1))
-
-
-def _shown(row: Mapping[str, Any]) -> str:
-    if row["change_low"] > 0:
-        return "better"
-    return "worse" if row["change_high"] < 0 else "no difference shown"

@@ -82,7 +82,7 @@ def gains(inputs: Inputs) -> Section | None:
     blocks: list[Block] = [
         Text(
             f"Each row compares two predictors on the same {split} images. A difference counts as shown where its "
-            "paired 95 % interval leaves 0 out and McNemar's test says p < 0.05. Of twenty comparisons without any "
+            "paired 95 % interval leaves 0 out and a test says p < 0.05: McNemar's of accuracy, a paired t test of NLL. Of twenty comparisons without any "
             "difference one is expected to show one."
         ),
         _comparisons(rows),
@@ -152,7 +152,10 @@ def ensemble(inputs: Inputs) -> Section | None:
     blocks: list[Block] = []
     if sizes:
         combine = inputs.records.get("predictor", {}).get("combine", "")
-        blocks.append(Text(f"{counted(len(sizes), 'member')}, combined by {combine}." if combine else ""))
+        # Fitted weights belong to all members: fewer of them are drawn as their mean.
+        fitted = combine in ("weighted", "greedy")
+        rest = " The curve is that of their plain means." if fitted else ""
+        blocks.append(Text(f"{counted(len(sizes), 'member')}, combined by {combine}.{rest}" if combine else ""))
         line = Line(
             "mean",
             [row["members"] for row in sizes],
@@ -223,8 +226,8 @@ def _soups(soups: Mapping[str, Any]) -> list[Block]:
     for kind, found in sorted(soups.items()):
         if isinstance(found, Mapping) and found.get("members"):
             entries.append(f"{kind} soup of {', '.join(found['members'])}")
-        elif isinstance(found, Mapping) and found.get("reason"):
-            entries.append(f"no {kind} soup: {found['reason']}")
+        elif isinstance(found, Mapping) and found.get("omitted"):
+            entries.append(f"no {kind} soup: {found['omitted']}")
     return [Text("; ".join(entries) + ".", "note")] if entries else []
 
 
