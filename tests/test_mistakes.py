@@ -207,6 +207,21 @@ def test_corruptions_start_from_the_exported_predictor(project: Path, found: Eva
     assert clean == [found.figures["test"]["ensemble_tta"]["accuracy"]] * 2
 
 
+def test_without_its_views_the_exported_predictor_is_otherwise_itself(project: Path) -> None:
+    """Weights, combination and calibration are those of predictor.json."""
+    networks = [load_classifier(project / "models" / name, folded=True)[0] for name in "ab"]
+    images = open_store(project / "data/processed").split("test").take(range(20))
+    plain = {"average": "probability", "combine": "weighted", "calibration": {"kind": "none"}}
+    alone = exported_probabilities(networks[:1], images, {**plain, "combine": "probability_mean"})
+    first = exported_probabilities(networks, images, {**plain, "weights": [1.0, 0.0]})
+    np.testing.assert_allclose(first, alone, atol=1e-12)
+    halves = exported_probabilities(networks, images, {**plain, "weights": [0.5, 0.5]})
+    assert np.abs(halves - alone).max() > 1e-3
+    cooled = {**plain, "weights": [1.0, 0.0], "calibration": {"kind": "temperature", "temperature": 2.0}}
+    expected = np.sqrt(alone) / np.sqrt(alone).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(exported_probabilities(networks, images, cooled), expected, atol=1e-9)
+
+
 def test_a_predictor_that_is_too_sure_of_itself_does_not_doubt_the_labels(found: Evaluation) -> None:
     random = np.random.default_rng(0)
     confidence = np.clip(1 - random.exponential(0.2, 4000), 0.2, 0.9999)

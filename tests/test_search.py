@@ -286,6 +286,21 @@ def test_another_question_is_another_study(tmp_path: Path) -> None:
         load_study(storage, "t")
 
 
+def test_a_loss_is_made_small_and_an_accuracy_large(tmp_path: Path) -> None:
+    """And the pruners leave five trials, and a tenth of a run, alone, as docs/search.md says."""
+    from optuna.pruners import HyperbandPruner, MedianPruner
+
+    from anneal.search.trials import open_storage, open_study
+
+    storage = open_storage(f"sqlite:///{tmp_path}/search.db")
+    options: dict[str, Any] = {"folder": tmp_path / "s", "sampler": "random", "epochs": 30, "seed": 0, "asked": {}}
+    loss = open_study(storage, "loss", metric="val/loss", pruning="median", **options)
+    accuracy = open_study(storage, "accuracy", metric="val/accuracy", pruning="hyperband", **options)
+    assert (loss.direction.name, accuracy.direction.name) == ("MINIMIZE", "MAXIMIZE")
+    assert isinstance(loss.pruner, MedianPruner) and isinstance(accuracy.pruner, HyperbandPruner)
+    assert (loss.pruner._n_startup_trials, loss.pruner._n_warmup_steps) == (5, 3)
+
+
 def test_a_study_that_another_process_deleted(tmp_path: Path) -> None:
     from anneal.search.trials import forget, open_storage
 

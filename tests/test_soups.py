@@ -70,6 +70,36 @@ def test_the_greedy_soup_keeps_what_does_not_lower_the_accuracy() -> None:
     assert asked == ["bc", "bca", "bcd"]
 
 
+def test_a_greedy_soup_predicts_with_the_members_that_it_kept(project: tuple[Path, Store]) -> None:
+    from anneal import candidates
+
+    root, store = project
+    folders = {each: root / "models" / ("a" if each == "twin" else each) for each in ("a", "twin", "b")}
+    models = {each: json.loads((path / "model.json").read_text()) for each, path in folders.items()}
+    seen: dict[str, dict[str, torch.Tensor]] = {}
+    twin = load_weights(folders["twin"] / "weights.safetensors")
+    name = "network.head.weight"
+
+    def predict(networks: list[torch.nn.Module], names: list[str]) -> str:
+        seen[names[0]] = networks[0].state_dict()
+        return names[0]
+
+    said, found = candidates.soups(
+        ["uniform", "greedy"],
+        folders,
+        models,
+        store,
+        accuracy={"a": 0.9, "twin": 0.9, "b": 0.1},
+        # The soup of twins is the twin: b makes another.
+        taste=lambda network: float(torch.equal(network.state_dict()[name], twin[name])),
+        predict=predict,  # type: ignore[arg-type]
+        device="cpu",
+    )
+    assert said["greedy"] == {"members": ["a", "twin"]} and found.keys() == {"uniform", "greedy"}
+    assert torch.equal(seen["soup_greedy"][name], twin[name])
+    assert not torch.equal(seen["soup_uniform"][name], twin[name])
+
+
 def test_members_of_other_architectures_are_left_out_with_the_reason(
     project: tuple[Path, Store], tmp_path: Path
 ) -> None:
